@@ -1,0 +1,1 @@
+"""LenVM inside the SGLang processes: plugin, sampler, value heads, CPU platform, launcher."""

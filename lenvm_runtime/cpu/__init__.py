@@ -1,0 +1,1 @@
+"""The CPU platform: what stock SGLang needs to run on a machine without an accelerator."""

@@ -1,0 +1,1 @@
+"""From prompts to a LenVM head: rollouts, targets, training, checkpoint, evaluation."""
