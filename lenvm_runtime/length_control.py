@@ -2,8 +2,8 @@
 
 The only module that the gateway shares with the engine plugin. Standard library only.
 
-Wire form (SGLang's ``custom_params``): ``{"lenvm": {"control": {...}, "values": bool}}``,
-where ``control`` is absent for requests without length control.
+Wire form (SGLang's ``custom_params``, whose values may nest one level): ``{"lenvm": {"values": bool,
+"mode": ..., ...}}``, with the fields of the control beside ``values`` when there is one.
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ class LengthControl:
         if not isinstance(custom_params, Mapping):
             return None
         lenvm = custom_params.get("lenvm")
-        if not isinstance(lenvm, Mapping) or lenvm.get("control") is None:
+        if not isinstance(lenvm, Mapping) or "mode" not in lenvm:
             return None
-        return cls.parse(lenvm["control"], "custom_params.lenvm.control")
+        return cls.parse({key: value for key, value in lenvm.items() if key != "values"}, "custom_params.lenvm")
 
     def to_dict(self) -> dict[str, Any]:
         """The control as it is applied: only the fields of its mode."""
@@ -119,10 +119,7 @@ class LengthControl:
 
 def build_custom_params(control: LengthControl | None, values: bool) -> dict[str, Any]:
     """The wire form of a request's control and of whether its chunks carry values."""
-    lenvm: dict[str, Any] = {"values": values}
-    if control is not None:
-        lenvm["control"] = control.to_dict()
-    return {"lenvm": lenvm}
+    return {"lenvm": {"values": values, **(control.to_dict() if control else {})}}
 
 
 def wants_values(custom_params: object) -> bool:

@@ -1,0 +1,111 @@
+"""From a batch of logits to a small set of candidate next tokens, and back.
+
+Fixed shapes, no host synchronisation, each row independent of the others.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+TOP_K_ALL = 1 << 30
+"""SGLang's top_k of a request without a top-k filter."""
+
+
+class Candidates(NamedTuple):
+    """Candidate next tokens of B rows. Columns 0..K-1 by falling probability, columns K.. the E EOS ids.
+
+    A column that is no candidate (filtered, or an EOS id that has its own column) has logprob -inf.
+    """
+
+    ids: torch.Tensor  # [B, K + E] int64
+    logprobs: torch.Tensor  # [B, K + E] float32, normalised over the candidates
+    eos_mask: torch.Tensor  # [B, K + E] bool, true in columns K..
+
+
+def select_candidates(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    top_ks: torch.Tensor,
+    top_ps: torch.Tensor,
+    min_ps: torch.Tensor,
+    eos_token_ids: torch.Tensor,
+    max_candidates: int,
+) -> Candidates:
+    """The K = max_candidates likeliest tokens that pass the request's filters, and every EOS id.
+
+    logits [B, V] float; temperatures [B] or [B, 1]; top_ks [B] int; top_ps, min_ps [B] float;
+    eos_token_ids [E] int64, distinct, each < V; 1 <= max_candidates <= V.
+
+    The filters are those of SGLang's pytorch backend, on p = softmax(logits / T) sorted: rank < top_k,
+    (sum of the likelier ones) <= top_p, p >= min_p * max p. They need no more than the first K ranks.
+    EOS ids are exempt from K and from the filters: they keep their true chance p(EOS) beside the others'
+    p before the whole set is renormalised, so that an answer can end where the model gives it a chance
+    at all. Tokens with logit -inf (a grammar's mask) are never candidates.
+
+    Greedy rows (top_k <= 1, as SGLang marks them) get the K likeliest tokens at temperature 1, without
+    top-p and min-p, which greedy decoding ignores: take the argmax after steering.
+    """
+    greedy = (top_ks <= 1).unsqueeze(-1)  # [B, 1]
+    temperature = torch.where(greedy, 1.0, temperatures.view(-1, 1))
+    logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)  # [B, V]
+    top_logprobs, top_ids = logprobs.topk(max_candidates, dim=-1)  # [B, K]
+
+    keep = greedy | _passes_filters(top_logprobs.exp(), top_ks, top_ps, min_ps)
+    keep &= (top_ids.unsqueeze(-1) != eos_token_ids).all(-1)
+    top_logprobs = top_logprobs.masked_fill(~keep, -torch.inf)
+
+    eos_ids = eos_token_ids.expand(logits.shape[0], -1)  # [B, E]
+    ids = torch.cat([top_ids, eos_ids], dim=-1)
+    weights = torch.cat([top_logprobs, logprobs.gather(1, eos_ids)], dim=-1)
+    eos_mask = torch.arange(ids.shape[1], device=ids.device) >= max_candidates
+    return Candidates(ids, torch.log_softmax(weights, dim=-1), eos_mask.expand_as(ids))
+
+
+def scatter_candidates(
+    logits: torch.Tensor,
+    candidate_ids: torch.Tensor,
+    steered_logprobs: torch.Tensor,
+    temperatures: torch.Tensor,
+    guided: torch.Tensor,
+) -> None:
+    """Write the steered distribution of guided rows into ``logits`` [B, V], in place.
+
+    A guided row becomes T * steered_logprobs at its candidates and -inf elsewhere, so that
+    softmax(logits / T), the first thing that SGLang's sampler computes, is the steered distribution.
+    An id in several columns gets the greatest of them (the others are -inf: ``select_candidates``
+    counts no token twice). Unguided rows keep every bit.
+
+    candidate_ids, steered_logprobs [B, C]; temperatures [B] or [B, 1], > 0; guided [B] bool.
+
+    The sampler then filters once more. On a row steered by a one-hot (hard strategy) every filter is
+    neutral. Otherwise none is: top-p and min-p cut the tail of the *steered* distribution, and top-k may
+    drop an EOS id that stands beside k other candidates. They have been applied once, by
+    ``select_candidates``: sample with ``release_filters``.
+    """
+    guided = guided.unsqueeze(-1)  # [B, 1]
+    rows = (steered_logprobs * temperatures.view(-1, 1)).masked_fill(~guided, -torch.inf)  # [B, C]
+    logits.masked_fill_(guided, -torch.inf)
+    logits.scatter_reduce_(1, candidate_ids, rows.to(logits.dtype), "amax")
+
+
+def release_filters(
+    top_ks: torch.Tensor, top_ps: torch.Tensor, min_ps: torch.Tensor, guided: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """New (top_ks, top_ps, min_ps), each [B], with which SGLang samples guided rows without filtering.
+
+    Greedy rows (top_k <= 1) stay greedy; unguided rows keep their filters.
+    """
+    released_top_ks = torch.where(guided & (top_ks > 1), TOP_K_ALL, top_ks)
+    return released_top_ks, top_ps.masked_fill(guided, 1.0), min_ps.masked_fill(guided, 0.0)
+
+
+def _passes_filters(
+    probs: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor, min_ps: torch.Tensor
+) -> torch.Tensor:
+    """Whether each of the likeliest tokens (probs [B, K], falling) passes top-k, top-p and min-p: [B, K] bool."""
+    rank = torch.arange(probs.shape[1], device=probs.device)
+    mass_before = (probs.cumsum(-1) - probs).clamp(max=1.0)  # rounding: top_p = 1 must not cut
+    keep = (rank < top_ks.unsqueeze(-1)) & (mass_before <= top_ps.unsqueeze(-1))
+    return keep & (probs >= probs[:, :1] * min_ps.unsqueeze(-1))

@@ -1,0 +1,75 @@
+"""The one owner of the head format on disk.
+
+A head folder holds ``value_head.safetensors`` in the published format (``v_head.fc.weight`` [d, d],
+``v_head.fc.bias`` [d], ``v_head.summary.weight`` [1, d], ``v_head.summary.bias`` [1]),
+``candidate_head.safetensors`` (the state dict of ``heads.CandidateHead``), and ``lenvm_config.json``
+(the fields of ``heads.HeadConfig``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lenvm_kernels.heads import CandidateHead, HeadConfig, ValueHead
+
+CONFIG_FILE = "lenvm_config.json"
+VALUE_FILE = "value_head.safetensors"
+CANDIDATE_FILE = "candidate_head.safetensors"
+VALUE_PREFIX = "v_head."
+
+
+class CheckpointError(ValueError):
+    """A head folder that cannot be used; the message names the file and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head as loaded: configuration and modules, on the CPU, in the precision stored."""
+
+    config: HeadConfig
+    value_head: ValueHead
+    candidate_head: CandidateHead
+
+
+def read_config(folder: Path) -> HeadConfig:
+    """Read ``lenvm_config.json``. Raises CheckpointError."""
+    path = folder / CONFIG_FILE
+    try:
+        fields = json.loads(path.read_text())
+        fields["feature_layers"] = tuple(fields["feature_layers"])
+        fields["eos_token_ids"] = tuple(fields["eos_token_ids"])
+        return HeadConfig(**fields)
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a head configuration ({error})") from None
+
+
+def load_head(folder: Path) -> Head:
+    """Load a head folder. Raises CheckpointError naming the file."""
+    config = read_config(folder)
+    value_head, candidate_head = ValueHead(config.hidden_size), CandidateHead(config)
+    _load(value_head, folder / VALUE_FILE, VALUE_PREFIX)
+    _load(candidate_head, folder / CANDIDATE_FILE, "")
+    return Head(config, value_head.eval().requires_grad_(False), candidate_head.eval().requires_grad_(False))
+
+
+def save_head(head: Head, folder: Path) -> None:
+    """Write a head folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    value_state = {VALUE_PREFIX + name: tensor.contiguous() for name, tensor in head.value_head.state_dict().items()}
+    save_file(value_state, folder / VALUE_FILE)
+    save_file({n: t.contiguous() for n, t in head.candidate_head.state_dict().items()}, folder / CANDIDATE_FILE)
+    (folder / CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(head.config), indent=2) + "\n")
+
+
+def _load(module: ValueHead | CandidateHead, path: Path, prefix: str) -> None:
+    try:
+        state = load_file(path)
+        module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()})
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from None

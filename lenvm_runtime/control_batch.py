@@ -1,0 +1,116 @@
+"""The length controls of a running batch, as device tensors that follow SGLang's batch operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lenvm_kernels.length_control import Mode, Strategy
+from torch import Tensor
+
+from lenvm_runtime.length_control import LengthControl
+
+_MODE_CODES = {
+    "equal": Mode.EQUAL,
+    "at_least": Mode.AT_LEAST,
+    "at_most": Mode.AT_MOST,
+    "tilt": Mode.TILT,
+    "scale": Mode.EQUAL,
+}
+_STRATEGY_CODES = {"natural": Strategy.NATURAL, "hard": Strategy.HARD}
+_TENSORS = ("mode", "strategy", "target", "factor", "beta", "prompt_len", "greedy")
+
+
+@dataclass
+class ControlBatch:
+    """Controls of a batch of B rows. Invariant: every tensor is [B] and row-aligned with the batch.
+
+    ``guided`` (host) says which rows are under control; ``rows`` (device, int64) lists them and is
+    rebuilt when the batch changes, never within a step. ``factor`` > 0 marks rows whose ``target``
+    is set at the prompt boundary as factor times the predicted length.
+    """
+
+    guided: list[bool]
+    rows: Tensor
+    mode: Tensor
+    strategy: Tensor
+    target: Tensor
+    factor: Tensor
+    beta: Tensor
+    prompt_len: Tensor
+    greedy: Tensor
+
+    @classmethod
+    def build(
+        cls,
+        controls: Sequence[LengthControl | None],
+        prompt_lens: Sequence[int],
+        greedy: Sequence[bool],
+        device: Any,
+    ) -> ControlBatch | None:
+        """The batch of these rows; None when no row is under control."""
+        active = [control if control and not control.is_neutral else None for control in controls]
+        guided = [control is not None for control in active]
+        if not any(guided):
+            return None
+
+        def tensor(values: list[Any], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+        return cls(
+            guided=guided,
+            rows=_guided_rows(guided, device),
+            mode=tensor([_MODE_CODES[c.mode] if c else Mode.NONE for c in active], torch.int32),
+            strategy=tensor([_STRATEGY_CODES[c.strategy] if c else Strategy.NATURAL for c in active], torch.int32),
+            target=tensor([float(c.target or 1) if c else 1.0 for c in active], torch.float32),
+            factor=tensor([float(c.factor or 0) if c else 0.0 for c in active], torch.float32),
+            beta=tensor([float(c.beta or 0) if c else 0.0 for c in active], torch.float32),
+            prompt_len=tensor(list(prompt_lens), torch.int32),
+            greedy=tensor(list(greedy), torch.bool),
+        )
+
+    @classmethod
+    def empty(cls, num_rows: int, device: Any) -> ControlBatch:
+        """Rows without control, to be joined to a batch that has some."""
+        zeros = torch.zeros(num_rows, device=device)
+        return cls(
+            guided=[False] * num_rows,
+            rows=_guided_rows([], device),
+            mode=zeros.int(),
+            strategy=zeros.int(),
+            target=zeros + 1,
+            factor=zeros,
+            beta=zeros,
+            prompt_len=zeros.int(),
+            greedy=zeros.bool(),
+        )
+
+    def filter(self, keep_indices: Sequence[int], keep_indices_device: Tensor) -> ControlBatch | None:
+        """The batch of the kept rows, in that order; None when none of them is under control."""
+        guided = [self.guided[index] for index in keep_indices]
+        if not any(guided):
+            return None
+        kept = {name: getattr(self, name)[keep_indices_device] for name in _TENSORS}
+        return ControlBatch(guided=guided, rows=_guided_rows(guided, self.rows.device), **kept)
+
+    def concat(self, other: ControlBatch) -> ControlBatch:
+        """This batch followed by ``other``."""
+        guided = self.guided + other.guided
+        joined = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in _TENSORS}
+        return ControlBatch(guided=guided, rows=_guided_rows(guided, self.rows.device), **joined)
+
+
+def merge(
+    left: ControlBatch | None, right: ControlBatch | None, num_left: int, num_right: int, device: Any
+) -> ControlBatch | None:
+    """Join the controls of two batches of ``num_left`` and ``num_right`` rows."""
+    if left is None and right is None:
+        return None
+    return (left or ControlBatch.empty(num_left, device)).concat(right or ControlBatch.empty(num_right, device))
+
+
+def _guided_rows(guided: list[bool], device: Any) -> Tensor:
+    rows = [index for index, is_guided in enumerate(guided) if is_guided]
+    return torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)

@@ -1,0 +1,167 @@
+"""Values and steering inside the model process: what our hooks do on SGLang's seams.
+
+Once a step: (1) after ``LogitsProcessor.forward``, the value head runs on the rows being sampled;
+(2) before ``ModelRunner.sample``, values become the step's ``customized_info`` and what steering needs
+is laid beside the sampling info; (3) our sampler steers; (4) with overlap scheduling, values are copied
+to the host in the same asynchronous copy as the tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lenvm_kernels.checkpoint import load_head
+from torch import Tensor
+
+from lenvm_runtime import compat, control_batch
+from lenvm_runtime.control_batch import ControlBatch
+from lenvm_runtime.head_runner import HeadRunner
+from lenvm_runtime.length_control import LengthControl
+from lenvm_runtime.response import PREDICTION_KEY, VALUE_KEY
+
+_FEATURES_KEY = "lenvm_features"
+_RUNNER = "lenvm_head_runner"
+_GREEDY_TOP_K = 1
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What the sampler needs to steer one step: all [rows, ...], on the device."""
+
+    runner: HeadRunner
+    control: ControlBatch
+    features: Tensor
+    slots: Tensor
+
+
+class DeviceRows:
+    """One Python object a row of a device tensor, converted in one transfer when the first is read."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._rows: list[Any] | None = None
+
+    def __getitem__(self, row: int) -> Any:
+        if self._rows is None:
+            self._rows = self._tensor.tolist()
+        return self._rows[row]
+
+    def start_copy(self) -> None:
+        """Begin an asynchronous copy to pinned host memory; the caller's event says when it is complete."""
+        if self._tensor.is_cuda:
+            host = torch.empty(self._tensor.shape, dtype=self._tensor.dtype, pin_memory=True)
+            host.copy_(self._tensor, non_blocking=True)
+            self._tensor = host
+
+
+def register(head_folder: Path) -> None:
+    """Register every hook of the model process. The head itself is loaded with the model."""
+    def attach(_result: Any, runner: Any, *_: Any, **__: Any) -> None:
+        if not runner.is_draft_worker:
+            _attach_head(runner, head_folder)
+
+    compat.after(compat.LOAD_MODEL, attach)
+    compat.after(compat.LOGITS_FORWARD, _run_value_head)
+    compat.before(compat.SAMPLE, _prepare_sampling)
+    compat.before(compat.COPY_TO_CPU, _start_copies)
+    compat.after(compat.BATCH_BUILD, _build_control)
+    compat.after(compat.BATCH_FILTER, _filter_control)
+    compat.after(compat.BATCH_MERGE, _merge_control)
+    compat.after(compat.BATCH_COPY, _carry_control)
+
+
+def _attach_head(runner: Any, folder: Path) -> None:
+    """Load the head onto the model's device and let the model's logits processor reach it."""
+    head = load_head(folder)
+    compat.check_head_fits(head.config, runner.model_config)
+    layers = compat.decoder_layers(runner.model)
+    head_runner = HeadRunner(
+        head,
+        [layers[index] for index in head.config.feature_layers],
+        compat.input_embeddings(runner.model),
+        compat.gather_vocabulary,
+    )
+    setattr(runner.model.logits_processor, _RUNNER, head_runner)
+    setattr(runner, _RUNNER, head_runner)
+
+
+def _run_value_head(
+    result: Any,
+    processor: Any,
+    _input_ids: Tensor,
+    hidden_states: Tensor,
+    _lm_head: Any,
+    metadata: Any,
+    *_: Any,
+    **__: Any,
+) -> None:
+    runner: HeadRunner | None = getattr(processor, _RUNNER, None)
+    if runner is None or result.next_token_logits is None:
+        return
+    sampled = compat.sampled_rows(metadata)
+    features = runner.features(hidden_states, sampled)
+    info: dict[str, Any] = {VALUE_KEY: runner.values(features), _FEATURES_KEY: features}
+    if sampled is not None:
+        info[PREDICTION_KEY] = runner.predictions(features)
+    result.customized_info = info
+
+
+def _prepare_sampling(runner: Any, logits_output: Any, forward_batch: Any) -> None:
+    info = logits_output.customized_info
+    if info is None or _FEATURES_KEY not in info:
+        return
+    num_rows = len(forward_batch.req_pool_indices)
+    logits_output.customized_info = {
+        key: DeviceRows(tensor[:num_rows]) for key, tensor in info.items() if key != _FEATURES_KEY
+    }
+    sampling_info = forward_batch.sampling_info
+    control: ControlBatch | None = getattr(sampling_info, "lenvm_control", None)
+    if control is None:
+        return
+    head_runner: HeadRunner = getattr(runner, _RUNNER)
+    features, slots = info[_FEATURES_KEY][:num_rows], forward_batch.req_pool_indices
+    sampling_info.lenvm_step = StepContext(head_runner, control, features, slots)
+    if forward_batch.forward_mode.is_extend():
+        generated = forward_batch.seq_lens - control.prompt_len
+        prefilled = (generated == 0) | (forward_batch.extend_seq_lens > 1)  # not the decode rows of a mixed batch
+        head_runner.set_scaled_targets(features, control, slots, generated, prefilled)
+
+
+def _start_copies(result: Any, *_: Any, **__: Any) -> None:
+    info = result.logits_output.customized_info if result.logits_output is not None else None
+    for rows in (info or {}).values():
+        rows.start_copy()
+
+
+def _build_control(_result: None, sampling_info: Any, batch: Any, _vocab_size: int) -> None:
+    reqs = batch.reqs
+    sampling_info.lenvm_control = ControlBatch.build(
+        [LengthControl.from_custom_params(req.sampling_params.custom_params) for req in reqs],
+        [len(req.origin_input_ids) for req in reqs],
+        [req.sampling_params.top_k <= _GREEDY_TOP_K for req in reqs],
+        sampling_info.device,
+    )
+
+
+def _filter_control(_result: None, sampling_info: Any, keep_indices: list[int], keep_indices_device: Tensor) -> None:
+    control = sampling_info.lenvm_control
+    if control is not None:
+        sampling_info.lenvm_control = control.filter(keep_indices, keep_indices_device)
+
+
+def _merge_control(_result: None, sampling_info: Any, other: Any) -> None:
+    num_right = len(other)
+    sampling_info.lenvm_control = control_batch.merge(
+        sampling_info.lenvm_control,
+        other.lenvm_control,
+        len(sampling_info) - num_right,
+        num_right,
+        sampling_info.device,
+    )
+
+
+def _carry_control(copy: Any, sampling_info: Any) -> None:
+    copy.lenvm_control = sampling_info.lenvm_control

@@ -1,0 +1,127 @@
+"""The LenVM head of one engine process: values of every step's states, and the sampler's steering."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lenvm_kernels.candidates import release_filters, scatter_candidates, select_candidates
+from lenvm_kernels.checkpoint import Head
+from lenvm_kernels.heads import join_features
+from lenvm_kernels.length_control import DEFAULT_KERNEL, steer_candidates
+from lenvm_kernels.length_distribution import expected_length, quantile_length
+from torch import Tensor, nn
+
+from lenvm_runtime.control_batch import ControlBatch
+
+MAX_CANDIDATES = 32
+MAX_REQUEST_SLOTS = 65536
+INTERVAL = (0.1, 0.9)
+
+
+class HeadRunner:
+    """Holds a loaded head on the model's device. One a process; no state of any request but scaled targets.
+
+    ``scaled_targets`` is indexed by SGLang's request slot and written on the forward stream only, so
+    overlap scheduling cannot reorder it against batch filtering.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        layers: Sequence[nn.Module],
+        embeddings: Tensor,
+        gather_vocabulary: Callable[[Tensor], Tensor],
+    ) -> None:
+        device = embeddings.device
+        self.config = head.config
+        self.value_head = head.value_head.to(device)
+        self.candidate_head = head.candidate_head.to(device)
+        with torch.inference_mode():
+            self.token_table = gather_vocabulary(self.candidate_head.build_token_table(embeddings))  # [vocab, rank]
+        self.eos_token_ids = torch.tensor(head.config.eos_token_ids, dtype=torch.int64, device=device)
+        self.scaled_targets = torch.ones(MAX_REQUEST_SLOTS, device=device)
+        self._layer_states: dict[int, Tensor] = {}
+        for index, layer in enumerate(layers):
+            layer.register_forward_hook(self._capture(index))
+
+    def features(self, hidden_states: Tensor, rows: Tensor | None) -> Tensor:
+        """Features of the sampled states of the forward just run: [tokens, d] and row indices (None: all)."""
+        states = [hidden_states, *(self._layer_states[index] for index in range(len(self._layer_states)))]
+        if rows is not None:
+            states = [part[rows] for part in states]
+        return join_features(states[0], states[1:])
+
+    def _capture(self, index: int) -> Callable[..., None]:
+        def store(_layer: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+            hidden_states, residual = output
+            self._layer_states[index] = hidden_states + residual
+
+        return store
+
+    def values(self, features: Tensor) -> Tensor:
+        """V(s_t) in (-1, 0] of each row: [rows, num_features] -> [rows] fp32."""
+        return self.value_head(features[:, : self.config.hidden_size])
+
+    def predictions(self, features: Tensor) -> Tensor:
+        """Remaining length at each state: [rows, num_features] -> [rows, 3] expected, 10% and 90% quantile."""
+        logprobs = self.candidate_head.state_logprobs(features)
+        lengths = self.candidate_head.bin_lengths
+        low, high = (quantile_length(logprobs, lengths, level) for level in INTERVAL)
+        return torch.stack([expected_length(logprobs, lengths), low, high], dim=1)
+
+    def set_scaled_targets(
+        self, features: Tensor, control: ControlBatch, slots: Tensor, generated: Tensor, prefilled: Tensor
+    ) -> None:
+        """Rows just prefilled: target = generated + factor * predicted remaining length, per request slot."""
+        logprobs = self.candidate_head.state_logprobs(features)
+        expected = expected_length(logprobs, self.candidate_head.bin_lengths)
+        targets = (generated + control.factor * expected).clamp_min(1.0)
+        self.scaled_targets[slots] = torch.where(prefilled, targets, self.scaled_targets[slots])
+
+    def steer(
+        self, logits: Tensor, features: Tensor, control: ControlBatch, slots: Tensor, generated: Tensor, sampling: Any
+    ) -> None:
+        """Rewrite the guided rows of ``logits`` [rows, vocab] in place; the bits of other rows stay.
+
+        ``generated`` [rows]: tokens of the answer so far. ``sampling``: SGLang's SamplingBatchInfo.
+        """
+        rows = control.rows
+        guided_logits = logits[rows].float()  # [guided, vocab]
+        temperatures = sampling.temperatures.view(-1)[rows]
+        candidates = select_candidates(
+            guided_logits,
+            temperatures,
+            sampling.top_ks[rows],
+            sampling.top_ps[rows],
+            sampling.min_ps[rows],
+            self.eos_token_ids,
+            MAX_CANDIDATES,
+        )
+        bin_logprobs = self.candidate_head.candidate_logprobs(features[rows], self.token_table[candidates.ids])
+        scaled = self.scaled_targets[slots[rows]]
+        steered = steer_candidates(
+            candidates.logprobs,
+            bin_logprobs,
+            candidates.eos_mask,
+            self.candidate_head.bin_lengths,
+            generated[rows],
+            control.mode[rows],
+            control.strategy[rows],
+            torch.where(control.factor[rows] > 0, scaled, control.target[rows]),
+            control.beta[rows],
+            self.config.gamma,
+            DEFAULT_KERNEL,
+        )
+        every_row = torch.ones_like(rows, dtype=torch.bool)
+        scatter_candidates(guided_logits, candidates.ids, steered, temperatures, every_row)
+        logits[rows] = guided_logits.to(logits.dtype)
+
+
+def released(sampling: Any, control: ControlBatch) -> Any:
+    """A copy of SGLang's SamplingBatchInfo whose filters leave guided rows alone: they were applied before steering."""
+    guided = control.mode != 0
+    top_ks, top_ps, min_ps = release_filters(sampling.top_ks, sampling.top_ps, sampling.min_ps, guided)
+    return dataclasses.replace(sampling, top_ks=top_ks, top_ps=top_ps, min_ps=min_ps)

@@ -1,0 +1,373 @@
+"""Steering of candidates: formulas by brute force, the exact posterior on a Markov chain, both backends."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lenvm_kernels.length_control import Mode, PreferenceKernel, Strategy, steer_candidates
+from lenvm_kernels.length_value import bin_lengths, length_from_value, value_from_length
+
+GAMMA = 0.997
+KERNEL = PreferenceKernel(equal_short=15.0, equal_long=25.0, at_least_short=10.0, at_most_long=30.0)
+GRID = [(b, c, m) for b in (1, 3, 17) for c in (1, 2, 33) for m in (1, 24)]
+CONTROLS = [(mode, strategy) for mode in Mode for strategy in Strategy]
+
+
+@dataclass
+class Batch:
+    """The row-wise arguments of ``steer_candidates``, and the bins."""
+
+    candidate_logprobs: torch.Tensor
+    bin_logprobs: torch.Tensor
+    eos_mask: torch.Tensor
+    num_generated: torch.Tensor
+    mode: torch.Tensor
+    strategy: torch.Tensor
+    target: torch.Tensor
+    beta: torch.Tensor
+    bin_lengths: torch.Tensor
+
+    def steer(self, op: Callable[..., torch.Tensor] = steer_candidates) -> torch.Tensor:
+        return op(**self.arguments(), gamma=GAMMA, kernel=KERNEL)
+
+    def arguments(self) -> dict[str, torch.Tensor]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def row(self, i: int) -> Batch:
+        rows = {name: x[i : i + 1] for name, x in self.arguments().items() if name != "bin_lengths"}
+        return Batch(**rows, bin_lengths=self.bin_lengths)
+
+    def to(self, device: str) -> Batch:
+        return Batch(**{name: x.to(device) for name, x in self.arguments().items()})
+
+
+def make_batch(num_rows: int, num_candidates: int, num_bins: int, seed: int = 0) -> Batch:
+    """Every mode and strategy; dropped candidates; the last column EOS (column 0 too, in some rows)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    row, column = torch.arange(num_rows), torch.arange(num_candidates)
+    logits = 3 * normal(num_rows, num_candidates)
+    dropped = (normal(num_rows, num_candidates) > 1) & (column > 0)
+    eos_mask = (column == num_candidates - 1).expand(num_rows, -1) | ((column == 0) & (row % 4 == 3).unsqueeze(1))
+    codes = torch.tensor(CONTROLS, dtype=torch.int32)[(row + seed) % len(CONTROLS)]
+    target = torch.randint(1, 300, (num_rows,), generator=generator).float()
+    return Batch(
+        candidate_logprobs=torch.log_softmax(logits.masked_fill(dropped, -torch.inf), -1),
+        bin_logprobs=torch.log_softmax(4 * normal(num_rows, num_candidates, num_bins), -1),
+        eos_mask=eos_mask,
+        num_generated=(target * torch.rand(num_rows, generator=generator) * 1.5).int(),
+        mode=codes[:, 0],
+        strategy=codes[:, 1],
+        target=target,
+        beta=50 * normal(num_rows) * (row % 7 != 6),
+        bin_lengths=bin_lengths(num_bins, 2048),
+    )
+
+
+def with_control(batch: Batch, mode: Mode, strategy: Strategy = Strategy.NATURAL, **changes: Any) -> Batch:
+    return replace(
+        batch, mode=torch.full_like(batch.mode, mode), strategy=torch.full_like(batch.strategy, strategy), **changes
+    )
+
+
+def make_distant_batch() -> Batch:
+    """Every value rounds to -1, and the target is far: the hard choice is the first candidate left, column 1."""
+    batch = with_control(make_batch(3, 33, 24), Mode.EQUAL, Strategy.HARD, target=torch.full((3,), 1e6))
+    batch.candidate_logprobs[:, 0] = -torch.inf
+    batch.candidate_logprobs[:, 1] = -3.0
+    batch.bin_lengths = 1e4 * batch.bin_lengths
+    return batch
+
+
+CASES = [*(make_batch(*shape) for shape in GRID), make_distant_batch()]
+
+
+def kernel_worth(length: float, mode: int, target: float) -> float:
+    d = (length - target) / target
+    if mode == Mode.EQUAL:
+        return math.exp(-(KERNEL.equal_short * max(-d, 0) + KERNEL.equal_long * max(d, 0)))
+    if mode == Mode.AT_LEAST:
+        return math.exp(-KERNEL.at_least_short * max(-d, 0))
+    return math.exp(-KERNEL.at_most_long * max(d, 0))
+
+
+def expected_row(batch: Batch, i: int) -> list[float]:
+    """Steered probabilities of one row, straight from the definitions (IEEE double)."""
+    given = batch.candidate_logprobs[i].double().exp().tolist()
+    eos = batch.eos_mask[i].tolist()
+    bins = batch.bin_logprobs[i].double().exp().tolist()
+    lengths = batch.bin_lengths.tolist()
+    mode, target, beta = int(batch.mode[i]), batch.target[i].item(), batch.beta[i].item()
+    end = int(batch.num_generated[i]) + 1
+    columns = range(len(given))
+    values = [
+        0.0 if eos[c] else sum(p * -(1 - GAMMA**n) for p, n in zip(bins[c], lengths, strict=True)) for c in columns
+    ]
+    if mode == Mode.NONE or (mode == Mode.AT_LEAST and end >= target):
+        return given
+    if mode == Mode.TILT:
+        weights = [given[c] * math.exp(beta * values[c]) for c in columns]
+        return [w / sum(weights) for w in weights]
+    left = [c for c in columns if given[c] > 0]
+    if mode == Mode.AT_LEAST and any(not eos[c] for c in left):
+        left = [c for c in left if not eos[c]]
+    if batch.strategy[i] == Strategy.HARD:
+        remaining = max(target - end, 0)
+        costs = {
+            Mode.EQUAL: lambda c: abs(length_from_value(values[c], GAMMA) - remaining),
+            Mode.AT_LEAST: lambda c: values[c],
+            Mode.AT_MOST: lambda c: -values[c],
+        }
+        best = min(left, key=costs[Mode(mode)])
+        return [float(c == best) for c in columns]
+    psi = [
+        kernel_worth(end, mode, target)
+        if eos[c]
+        else sum(p * kernel_worth(end + n, mode, target) for p, n in zip(bins[c], lengths, strict=True))
+        for c in columns
+    ]
+    weights = [given[c] * psi[c] if c in left else 0.0 for c in columns]
+    return [w / sum(weights) for w in weights]
+
+
+@pytest.mark.parametrize("shape", GRID)
+@pytest.mark.parametrize("seed", [0, 3, 7])
+def test_rows_follow_the_definitions(shape: tuple[int, int, int], seed: int) -> None:
+    batch = make_batch(*shape, seed=seed)
+    steered = batch.steer()
+    assert steered.shape == shape[:2]
+    assert steered.dtype == torch.float32
+    expected = torch.tensor([expected_row(batch, i) for i in range(shape[0])])
+    torch.testing.assert_close(steered.exp(), expected, atol=2e-5, rtol=1e-4)
+    assert (steered[batch.candidate_logprobs == -torch.inf] == -torch.inf).all()
+
+
+def test_values_beyond_the_clamp_still_lead_to_a_choice() -> None:
+    steered = make_distant_batch().steer()
+    assert (steered.exp() == (torch.arange(33) == 1)).all()
+
+
+@pytest.mark.parametrize("shape", GRID)
+def test_a_row_alone_equals_the_row_in_a_mixed_batch_bitwise(shape: tuple[int, int, int]) -> None:
+    batch = make_batch(*shape)
+    together = batch.steer()
+    for i in range(shape[0]):
+        assert torch.equal(batch.row(i).steer()[0], together[i])
+
+
+@pytest.mark.parametrize("strategy", list(Strategy))
+def test_no_control_keeps_every_bit(strategy: Strategy) -> None:
+    batch = make_batch(17, 33, 24)
+    batch.candidate_logprobs += 0.123  # not normalised: still untouched
+    none = with_control(batch, Mode.NONE, strategy, target=torch.zeros(17))
+    neutral = with_control(batch, Mode.TILT, strategy, beta=torch.zeros(17), target=torch.zeros(17))
+    reached = with_control(batch, Mode.AT_LEAST, strategy, num_generated=batch.target.int())
+    for unsteered in (none, neutral, reached):
+        assert torch.equal(unsteered.steer(), batch.candidate_logprobs)
+
+
+@settings(deadline=None, max_examples=30)
+@given(low=st.floats(-500, 500), step=st.floats(1, 500), seed=st.integers(0, 1000))
+def test_larger_beta_shortens(low: float, step: float, seed: int) -> None:
+    batch = make_batch(3, 33, 24, seed)
+    values = batch.bin_logprobs.exp() @ value_from_length(batch.bin_lengths, GAMMA)
+    values = values.masked_fill(batch.eos_mask, 0.0)
+
+    def mean_value(beta: float) -> torch.Tensor:
+        return (with_control(batch, Mode.TILT, beta=torch.full((3,), beta)).steer().exp() * values).sum(-1)
+
+    assert (mean_value(low + step) >= mean_value(low) - 1e-6).all()
+
+
+@pytest.mark.parametrize("mode", [Mode.EQUAL, Mode.AT_LEAST, Mode.AT_MOST])
+def test_hopeless_targets_still_give_a_distribution(mode: Mode) -> None:
+    batch = make_batch(17, 33, 24)
+    for target, num_generated in ((1.0, 1_000_000), (1_000_000.0, 0), (1.0, 0)):
+        far = with_control(
+            batch, mode, target=torch.full((17,), target), num_generated=torch.full((17,), num_generated)
+        )
+        torch.testing.assert_close(far.steer().exp().sum(-1), torch.ones(17), atol=1e-4, rtol=0)
+
+
+def test_where_no_candidate_can_reach_a_length_the_row_keeps_its_distribution() -> None:
+    batch = with_control(make_batch(3, 33, 24), Mode.EQUAL)
+    batch.eos_mask = torch.zeros_like(batch.eos_mask)
+    batch.bin_logprobs = torch.full_like(batch.bin_logprobs, -torch.inf)
+    torch.testing.assert_close(batch.steer(), batch.candidate_logprobs)
+
+
+@pytest.mark.parametrize("strategy", list(Strategy))
+def test_rows_without_candidates_or_with_garbage_bins_never_give_nan(strategy: Strategy) -> None:
+    for mode in Mode:
+        batch = with_control(make_batch(3, 33, 24), mode, strategy)
+        batch.candidate_logprobs[1] = -torch.inf
+        batch.bin_logprobs[(batch.candidate_logprobs == -torch.inf) | batch.eos_mask] = torch.nan
+        steered = batch.steer()
+        assert not steered.isnan().any()
+        assert (steered[1] == -torch.inf).all()
+
+
+def test_at_least_bars_eos_until_the_target_unless_nothing_else_is_left() -> None:
+    batch = make_batch(2, 3, 24)
+    batch.eos_mask = torch.tensor([[False, False, True]]).expand(2, -1)
+    batch.candidate_logprobs = torch.log(torch.tensor([[0.01, 0.0, 0.99], [0.0, 0.0, 1.0]]))
+    batch.target = torch.tensor([10.0, 10.0])
+    for strategy in Strategy:
+        early = with_control(batch, Mode.AT_LEAST, strategy, num_generated=torch.tensor([8, 8])).steer()
+        assert early.exp().tolist() == [[1, 0, 0], [0, 0, 1]]
+    at_target = with_control(batch, Mode.AT_LEAST, num_generated=torch.tensor([9, 9])).steer()
+    assert torch.equal(at_target, batch.candidate_logprobs)
+
+
+def test_eos_ignores_its_bins() -> None:
+    batch = make_batch(17, 33, 24)
+    steered = batch.steer()
+    batch.bin_logprobs = torch.where(batch.eos_mask.unsqueeze(-1), torch.randn(24), batch.bin_logprobs)
+    assert torch.equal(batch.steer(), steered)
+
+
+class Chain:
+    """A toy model of two words and EOS: the next token's chances depend on the last word and the position.
+
+    At position ``longest`` every answer ends, so all lengths are 1..longest and every law is exact.
+    """
+
+    longest = 24
+    words = 2
+
+    def __init__(self) -> None:
+        chances = torch.rand(self.longest, self.words, self.words + 1, generator=torch.Generator().manual_seed(5))
+        chances[..., -1] *= 0.15
+        chances[-1] = torch.tensor([0.0, 0.0, 1.0])
+        self.next_probs = (chances / chances.sum(-1, keepdim=True)).double()  # [t, last word, next token]
+        self.remaining = self._remaining()
+
+    def _remaining(self) -> torch.Tensor:
+        """P(n more tokens | t generated, last word): [t, word, n - 1]."""
+        law = torch.zeros(self.longest + 1, self.words, self.longest, dtype=torch.float64)
+        for t in reversed(range(self.longest)):
+            law[t, :, 0] = self.next_probs[t, :, -1]
+            law[t, :, 1:] += self.next_probs[t, :, :-1] @ law[t + 1, :, :-1]
+        return law
+
+    def length_law(self, next_probs: torch.Tensor) -> torch.Tensor:
+        """Law of the total length when sampling with ``next_probs``, starting after word 0: [longest]."""
+        at_word, law = torch.tensor([1.0, 0.0], dtype=torch.float64), []
+        for t in range(self.longest):
+            law.append(at_word @ next_probs[t, :, -1])
+            at_word = at_word @ next_probs[t, :, :-1]
+        return torch.stack(law)
+
+    def steered_probs(self, mode: Mode, target: float) -> torch.Tensor:
+        """``next_probs`` of every state after steering, one row a state."""
+        rows = self.longest * self.words
+        t = torch.arange(self.longest).repeat_interleave(self.words)
+        after = self.remaining[1:].log().float()  # [t, next word, n - 1]
+        bins = torch.cat([after, torch.zeros(self.longest, 1, self.longest)], dim=1)  # EOS column unread
+        steered = steer_candidates(
+            self.next_probs.log().float().view(rows, -1),
+            bins.repeat_interleave(self.words, dim=0),
+            torch.tensor([[False, False, True]]).expand(rows, -1),
+            torch.arange(1, self.longest + 1).float(),
+            t.int(),
+            torch.full((rows,), mode, dtype=torch.int32),
+            torch.zeros(rows, dtype=torch.int32),
+            torch.full((rows,), target),
+            torch.zeros(rows),
+            GAMMA,
+            KERNEL,
+        )
+        return steered.double().exp().view_as(self.next_probs)
+
+
+@pytest.mark.parametrize("mode", [Mode.EQUAL, Mode.AT_MOST])
+@pytest.mark.parametrize("target", [3.0, 9.0, 20.0])
+def test_steering_step_by_step_gives_the_posterior_law_of_the_length(mode: Mode, target: float) -> None:
+    """With exact P the steered chain's lengths follow p(L) K(L) / Z: the h-transform, at every length."""
+    chain = Chain()
+    own = chain.length_law(chain.next_probs)
+    assert own.sum() == pytest.approx(1.0)
+    torch.testing.assert_close(own, chain.remaining[0, 0])
+    worth = torch.tensor([kernel_worth(n, mode, target) for n in range(1, chain.longest + 1)], dtype=torch.float64)
+    steered = chain.length_law(chain.steered_probs(mode, target))
+    torch.testing.assert_close(steered, own * worth / (own * worth).sum(), atol=1e-5, rtol=1e-3)
+
+
+def test_at_least_on_the_chain_ends_no_earlier_than_the_target() -> None:
+    chain = Chain()
+    own, steered = chain.length_law(chain.next_probs), chain.length_law(chain.steered_probs(Mode.AT_LEAST, 9.0))
+    assert own[:8].sum() > 0.3
+    assert steered[:8].sum() == 0
+    assert steered.sum() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_nothing_is_read_back_to_the_host() -> None:
+    """Meta tensors hold no data: reading one, or a shape that depends on data, raises."""
+    assert make_batch(17, 33, 24).to("meta").steer().shape == (17, 33)
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> list[torch.Tensor]:
+    """The Triton kernel's answers to CASES, from a process in which Triton interprets its kernels."""
+    folder: Path = tmp_path_factory.mktemp("interpreted")
+    torch.save([case.arguments() for case in CASES], folder / "cases.pt")
+    script = f"""
+import torch
+from lenvm_kernels.length_control import PreferenceKernel
+from lenvm_kernels.length_control_triton import steer_candidates
+cases = torch.load("cases.pt")
+torch.save([steer_candidates(**case, gamma={GAMMA}, kernel={KERNEL}) for case in cases], "steered.pt")
+"""
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", script], cwd=folder, env=env, check=True, timeout=300)
+    steered: list[torch.Tensor] = torch.load(folder / "steered.pt")
+    return steered
+
+
+@pytest.mark.parametrize("index", range(len(CASES)))
+def test_triton_kernel_equals_the_reference(index: int, interpreted: list[torch.Tensor]) -> None:
+    """float32 sums in another order: 1e-5 relative on log-probabilities of tens of nats."""
+    case, steered = CASES[index], interpreted[index]
+    torch.testing.assert_close(steered, case.steer(), atol=2e-5, rtol=1e-5)
+    idle = case.mode == Mode.NONE
+    assert torch.equal(steered[idle], case.candidate_logprobs[idle])
+
+
+def test_triton_kernel_compiles_for_a_gpu_without_one() -> None:
+    """The interpreter accepts what the compiler refuses: compile to machine code for compute capability 9.0."""
+    from lenvm_kernels.length_control_triton import _steer_row
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    blocks = {"BLOCK_C": 32, "BLOCK_M": 32}
+    types = dict.fromkeys(_steer_row.arg_names, "fp32")
+    types |= {name: "*fp32" for name in types if name.endswith("_ptr")} | dict.fromkeys(blocks, "constexpr")
+    types |= dict.fromkeys(["num_generated_ptr", "mode_ptr", "strategy_ptr"], "*i32")
+    types |= {"eos_mask_ptr": "*i1", "num_candidates": "i32", "num_bins": "i32"}
+    source = ASTSource(fn=_steer_row, signature=types, constexprs=blocks)
+    assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("index", range(len(CASES)))
+def test_triton_kernel_on_the_device_equals_the_reference(index: int) -> None:
+    on_device = CASES[index].to("cuda")
+    together = on_device.steer()
+    torch.testing.assert_close(together.cpu(), CASES[index].steer(), atol=1e-4, rtol=1e-4)
+    for i in range(together.shape[0]):
+        assert torch.equal(on_device.row(i).steer()[0], together[i])

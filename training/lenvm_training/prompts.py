@@ -1,0 +1,164 @@
+"""Prompts to sample from: JSONL files given by the user, and templates whose answers vary in length.
+
+One prompt is ``{"id": str, "domain": str, "messages": [...]}``. Four domains: ``math``,
+``instructions`` (both from files), ``short_long`` (naturally very short or very long answers) and
+``requested`` (a length is asked for in words).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TOPICS = (
+    "photosynthesis, the French Revolution, black holes, bread baking, chess openings, coral reefs, the printing press, "
+    "volcanoes, public libraries, solar panels, the Roman Empire, jazz music, beekeeping, the water cycle, glaciers, "
+    "electric cars, the human heart, poetry, gardening on a balcony, the stock market, antibiotics, lighthouses, "
+    "medieval castles, machine learning, sleep, tea ceremonies, bicycles, the moon landing, rainforests, democracy, "
+    "sourdough, whales, time zones, the Silk Road, robotics, opera, earthquakes, nutrition, origami, the internet, "
+    "mountain climbing, vaccines, recycling, ancient Egypt, deserts, photography, trains, wolves, inflation, dreams, "
+    "the violin, cybersecurity, wetlands, marathon running, comets, cheese making, board games, the Renaissance, urban "
+    "farming, penguins, the periodic table, language learning, weather forecasting, submarines, graphic design"
+).split(", ")
+COUNTRIES = (
+    "France, Japan, Brazil, Canada, Egypt, Kenya, Norway, Peru, India, Italy, Spain, Chile, Ghana, Nepal, Cuba, Iran, "
+    "Poland, Greece, Turkey, Mexico, Vietnam, Austria, Portugal, Finland, Morocco, Iceland, Ireland, Thailand"
+).split(", ")
+WORDS = (
+    "house, river, friend, green, winter, bread, window, happy, book, night, mother, bridge, small, music, garden, "
+    "stone, horse, letter, clean, summer, cloud, silver, chair, brave, island, ocean, mirror, candle"
+).split(", ")
+SHORT = (
+    "What is the capital of {country}?",
+    "What is {a} + {b}? Answer with the number only.",
+    "What is {a} times {c}?",
+    "Translate '{word}' into French.",
+    "Give one synonym for '{word}'.",
+    "Is {a} an even number? Answer yes or no.",
+    "What is the opposite of '{word}'? One word.",
+    "Which continent is {country} in?",
+    "Spell '{word}' backwards.",
+    "Name one famous person connected with {topic}.",
+    "True or false: {topic} existed a thousand years ago.",
+    "Say hello in the language of {country}.",
+    "Reply with only the word '{word}'.",
+    "What currency is used in {country}?",
+)
+LONG = (
+    "Write a detailed essay about {topic}.",
+    "Write a long story about a traveller from {country} and {topic}.",
+    "Explain {topic} thoroughly, covering history, causes, examples and common misconceptions.",
+    "Write a complete beginner's guide to {topic} with sections and examples.",
+    "Compare life in {country} and {country2} in detail.",
+    "Write a dialogue between two experts who disagree about {topic}.",
+    "Plan a two-week trip through {country}, day by day.",
+    "Write a blog post about {topic} and why it matters.",
+    "Describe a day in a town in {country} where everyone works on {topic}.",
+)
+REQUESTED = (
+    "Explain {topic} in about {n} words.",
+    "Write about {topic}. Your answer must be equal to {n} tokens.",
+    "Write about {topic}. Your answer must be at most {n} tokens.",
+    "Write about {topic}. Your answer must be at least {n} tokens.",
+    "Describe {topic} in {k} sentences.",
+    "Describe {topic} in one sentence.",
+    "List {k} facts about {topic}.",
+    "Write a story of {n} words about {country}.",
+    "Give me {k} tips for someone new to {topic}, one line each.",
+    "In one short paragraph, tell me about {country}.",
+    "Write {k} paragraphs about {topic}.",
+    "Summarize the most important thing about {topic} in {n} words or fewer.",
+)
+REQUESTED_LENGTHS = (20, 30, 50, 64, 80, 100, 128, 150, 200, 256, 300, 400)
+
+
+class PromptFileError(ValueError):
+    """A prompt file that cannot be used; the message names the file, the line and what is missing."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One conversation to answer. ``id`` is unique in its file; ``domain`` groups the evaluation."""
+
+    id: str
+    domain: str
+    messages: list[dict[str, str]]
+
+    def to_json(self) -> str:
+        return json.dumps({"id": self.id, "domain": self.domain, "messages": self.messages}, ensure_ascii=False)
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> Prompt:
+        return cls(id=str(row["id"]), domain=str(row["domain"]), messages=list(row["messages"]))
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Read a file of prompts. Raises PromptFileError naming the line."""
+    prompts = []
+    for number, row in _rows(path):
+        try:
+            prompts.append(Prompt.from_dict(row))
+        except KeyError as error:
+            raise PromptFileError(f"{path}:{number}: no field {error}") from None
+    return prompts
+
+
+def prompts_from_file(path: Path, domain: str, limit: int, seed: int) -> list[Prompt]:
+    """A random sample of a JSONL file with a ``question``, ``prompt`` or ``instruction`` (+ ``instances[0].input``)."""
+    texts = [_text_of(row, path, number) for number, row in _rows(path)]
+    chosen = random.Random(f"{seed}:{domain}:{path.name}").sample(range(len(texts)), min(limit, len(texts)))
+    return [_prompt(f"{path.stem}-{index}", domain, texts[index]) for index in chosen]
+
+
+def template_prompts(count: int, domain: str, seed: int) -> list[Prompt]:
+    """``count`` different prompts of domain ``short_long`` or ``requested``, drawn from the templates."""
+    rng = random.Random(f"{seed}:{domain}")
+    families = {"short_long": (SHORT, LONG), "requested": (REQUESTED,)}[domain]
+    texts: dict[str, None] = {}
+    while len(texts) < count:
+        template = rng.choice(families[len(texts) % len(families)])
+        texts[_fill(template, rng)] = None
+    return [_prompt(f"{domain}-{seed}-{index}", domain, text) for index, text in enumerate(texts)]
+
+
+def _fill(template: str, rng: random.Random) -> str:
+    country, country2 = rng.sample(COUNTRIES, 2)
+    return template.format(
+        topic=rng.choice(TOPICS),
+        country=country,
+        country2=country2,
+        word=rng.choice(WORDS),
+        a=rng.randint(2, 99),
+        b=rng.randint(2, 99),
+        c=rng.randint(2, 12),
+        k=rng.randint(2, 9),
+        n=rng.choice(REQUESTED_LENGTHS),
+    )
+
+
+def _prompt(identifier: str, domain: str, text: str) -> Prompt:
+    return Prompt(identifier, domain, [{"role": "user", "content": text}])
+
+
+def _text_of(row: dict[str, Any], path: Path, number: int) -> str:
+    if "question" in row:
+        return str(row["question"])
+    if "prompt" in row:
+        return str(row["prompt"])
+    if "instruction" in row:
+        instances = row.get("instances") or [{}]
+        return "\n\n".join(part for part in (str(row["instruction"]), str(instances[0].get("input", ""))) if part)
+    raise PromptFileError(f"{path}:{number}: no field 'question', 'prompt' or 'instruction'")
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError:
+                raise PromptFileError(f"{path}:{number}: not a JSON object") from None
