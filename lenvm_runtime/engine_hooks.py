@@ -59,6 +59,7 @@ class DeviceRows:
 
 def register(head_folder: Path) -> None:
     """Register every hook of the model process. The head itself is loaded with the model."""
+
     def attach(_result: Any, runner: Any, *_: Any, **__: Any) -> None:
         if not runner.is_draft_worker:
             _attach_head(runner, head_folder)

@@ -26,6 +26,8 @@ _KEEPALIVE_S = 2.0  # below the engine's own 5 s, so that a kept connection is n
 _JSON = {"content-type": "application/json"}
 _CLIENT_FAULTS = (400, 404, 413, 422)
 _LOCATION = re.compile(r"'loc': \('body', (?P<loc>[^)]*)\), 'msg': (?P<quote>['\"])(?P<msg>.*?)(?P=quote)[,}]")
+_GRAMMAR = re.compile(r"Failed to compile (?P<kind>regex|ebnf|json) grammar")
+_GRAMMAR_FIELDS = {"regex": "regex", "ebnf": "ebnf", "json": "response_format"}
 
 
 class Engine:
@@ -155,8 +157,11 @@ def explain_refusal(message: str) -> tuple[str | None, str]:
         path = [part.strip(" '") for part in located["loc"].split(",") if part.strip(" '")]
         field = path[0] + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in path[1:])
         return field, f"{field}: {located['msg']}"
+    grammar = _GRAMMAR.match(message)
+    if grammar:
+        return _GRAMMAR_FIELDS[grammar["kind"]], message.strip()
     first_word = message.split(" ", 1)[0].strip(":")
-    return (first_word if first_word in {*CHAT, *COMPLETION} else None), message
+    return (first_word if first_word in {*CHAT, *COMPLETION} else None), message.split("\n\n  File ")[0]
 
 
 def _error_object(body: bytes) -> Mapping[str, Any]:

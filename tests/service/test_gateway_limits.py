@@ -7,8 +7,8 @@ import asyncio
 import httpx
 import orjson
 import pytest
-from conftest import Exchange, GatewayClient, chat_body
 from fake_engine import MODEL, FakeEngine, chunk, json_response
+from gateway_client import Exchange, GatewayClient, chat_body
 
 
 def assert_error(response: httpx.Response, status: int, code: str) -> None:

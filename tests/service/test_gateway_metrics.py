@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from conftest import GatewayClient
 from fake_engine import DONE, PREDICTION, answer_events, chunk, completion, json_response, usage
+from gateway_client import GatewayClient
 
 CHAT = "/v1/chat/completions"
 M = 'model="smol/model"'

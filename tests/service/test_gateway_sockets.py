@@ -67,7 +67,7 @@ class RawEngine:
 async def raw_engine() -> AsyncIterator[RawEngine]:
     engine = RawEngine()
     server = await asyncio.start_server(engine.serve, "127.0.0.1", 0)
-    engine.url = "http://127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+    engine.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     yield engine
     server.close()
 

@@ -7,8 +7,8 @@ import asyncio
 import httpx
 import orjson
 import pytest
-from conftest import Exchange, GatewayClient
 from fake_engine import DONE, ERROR_EVENT, MODEL, FakeEngine, answer_events, chunk, json_response, usage
+from gateway_client import Exchange, GatewayClient
 
 
 def terminal_events(body: bytes) -> list[bytes]:

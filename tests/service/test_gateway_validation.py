@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-from conftest import GatewayClient, chat_body
 from fake_engine import MODEL, FakeEngine, completion, json_response
+from gateway_client import GatewayClient, chat_body
 from hypothesis import given
 from hypothesis import strategies as st
 from lenvm_service.engine import explain_refusal
@@ -350,6 +350,9 @@ class TestPrediction:
     [
         ("top_p must be in (0, 1], got 3.", "top_p", "top_p must be in (0, 1], got 3."),
         ("The input (9 tokens) is longer", None, "The input (9 tokens) is longer"),
+        ('1 error\n\n  File "/a/path.py", line 3', None, "1 error"),
+        ("Failed to compile regex grammar: not closed.\n", "regex", "Failed to compile regex grammar: not closed."),
+        ("Failed to compile json grammar: banana", "response_format", "Failed to compile json grammar: banana"),
         (
             "1 validation error:\n  {'type': 'x', 'loc': ('body', 'messages', 0, 'content'), "
             "'msg': 'Input should be a string', 'input': 3}\n [{'type': ...",

@@ -110,7 +110,9 @@ def _batch_states(
         rows = kept + prompt_len - 1
         yield StateTable(
             final=final[i, rows].clone(),
-            layers=torch.stack([states[i, rows] for states in middle], dim=1) if middle else final[i, rows[:, None][:, :0]],
+            layers=torch.stack([states[i, rows] for states in middle], dim=1)
+            if middle
+            else final[i, rows[:, None][:, :0]],
             next_token=sequences[i][rows + 1],
             position=kept,
             remaining=length - kept,

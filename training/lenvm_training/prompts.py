@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 TOPICS = (
-    "photosynthesis, the French Revolution, black holes, bread baking, chess openings, coral reefs, the printing press, "
-    "volcanoes, public libraries, solar panels, the Roman Empire, jazz music, beekeeping, the water cycle, glaciers, "
-    "electric cars, the human heart, poetry, gardening on a balcony, the stock market, antibiotics, lighthouses, "
-    "medieval castles, machine learning, sleep, tea ceremonies, bicycles, the moon landing, rainforests, democracy, "
-    "sourdough, whales, time zones, the Silk Road, robotics, opera, earthquakes, nutrition, origami, the internet, "
-    "mountain climbing, vaccines, recycling, ancient Egypt, deserts, photography, trains, wolves, inflation, dreams, "
-    "the violin, cybersecurity, wetlands, marathon running, comets, cheese making, board games, the Renaissance, urban "
-    "farming, penguins, the periodic table, language learning, weather forecasting, submarines, graphic design"
+    "photosynthesis, the French Revolution, black holes, bread baking, chess openings, coral reefs, the printing "
+    "press, volcanoes, public libraries, solar panels, the Roman Empire, jazz music, beekeeping, the water cycle, "
+    "glaciers, electric cars, the human heart, poetry, gardening on a balcony, the stock market, antibiotics, "
+    "lighthouses, medieval castles, machine learning, sleep, tea ceremonies, bicycles, the moon landing, "
+    "rainforests, democracy, sourdough, whales, time zones, the Silk Road, robotics, opera, earthquakes, nutrition, "
+    "origami, the internet, mountain climbing, vaccines, recycling, ancient Egypt, deserts, photography, trains, "
+    "wolves, inflation, dreams, the violin, cybersecurity, wetlands, marathon running, comets, cheese making, board "
+    "games, the Renaissance, urban farming, penguins, the periodic table, language learning, weather forecasting, "
+    "submarines, graphic design"
 ).split(", ")
 COUNTRIES = (
     "France, Japan, Brazil, Canada, Egypt, Kenya, Norway, Peru, India, Italy, Spain, Chile, Ghana, Nepal, Cuba, Iran, "

@@ -46,30 +46,37 @@ async def sample_rollouts(
     sampling: Sampling,
     concurrency: int = 64,
     seed: int = 0,
+    stop: asyncio.Event | None = None,
 ) -> int:
     """Append the missing completions to ``path``, in shuffled order; return how many were added.
 
-    Raises EngineError when the engine is down; rows already written stay.
+    Once ``stop`` is set no new completion is begun, and those under way are finished: cutting them off
+    would leave out the long ones. Raises EngineError when the engine is down; rows already written stay.
     """
     jobs = [(prompt, sample) for prompt in prompts for sample in range(num_samples)]
     done = _completed(path)
     missing = [job for job in jobs if (job[0].id, job[1]) not in done]
     random.Random(seed).shuffle(missing)
     queue = iter(missing)
+    added = 0
     path.parent.mkdir(parents=True, exist_ok=True)
     limits = httpx.Limits(max_connections=concurrency)
     async with httpx.AsyncClient(base_url=engine_url, timeout=None, limits=limits) as client:
         with path.open("a", encoding="utf-8") as stream, tqdm(total=len(jobs), initial=len(done)) as progress:
 
             async def work() -> None:
+                nonlocal added
                 for prompt, sample in queue:
+                    if stop is not None and stop.is_set():
+                        return
                     row = await _sample_one(client, prompt, sample, tokenizer, sampling)
                     stream.write(json.dumps(row) + "\n")
                     stream.flush()
                     progress.update()
+                    added += 1
 
             await asyncio.gather(*(work() for _ in range(concurrency)))
-    return len(missing)
+    return added
 
 
 def read_rollouts(path: Path) -> Iterable[dict[str, Any]]:

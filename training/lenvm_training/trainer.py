@@ -43,17 +43,21 @@ def features_of(states: StateTable, config: HeadConfig, layers: tuple[int, ...])
 def train_head(
     config: HeadConfig,
     train: StateTable,
-    held_out: StateTable,
+    validation: StateTable,
     layers: tuple[int, ...],
     embeddings: Tensor,
     settings: TrainSettings,
 ) -> Head:
-    """Train both heads; the epoch with the least held-out loss is kept, for each head on its own."""
+    """Train both heads on ``train``, a table that captured ``layers``.
+
+    For each head on its own, the epoch with the least loss on ``validation`` is kept: other prompts
+    than those of ``train``, and than those it is evaluated on.
+    """
     torch.manual_seed(settings.seed)
     value_head, candidate_head = ValueHead(config.hidden_size), CandidateHead(config)
     embeddings = embeddings.float()
     train_features = features_of(train, config, layers)
-    held_features = features_of(held_out, config, layers)
+    validation_features = features_of(validation, config, layers)
     edges = bin_edges(config.num_bins, config.max_length)
 
     def value_loss(features: Tensor, states: StateTable) -> Tensor:
@@ -72,7 +76,7 @@ def train_head(
         return at_state.mean() + (after_token * follows).sum() / follows.sum().clamp_min(1)
 
     for name, module, loss in (("value", value_head, value_loss), ("candidate", candidate_head, candidate_loss)):
-        _fit(name, module, loss, train, train_features, held_out, held_features, settings)
+        _fit(name, module, loss, train, train_features, validation, validation_features, settings)
     return Head(config, value_head.eval(), candidate_head.eval())
 
 
@@ -91,8 +95,8 @@ def _fit(
     loss: Callable[[Tensor, StateTable], Tensor],
     train: StateTable,
     train_features: Tensor,
-    held_out: StateTable,
-    held_features: Tensor,
+    validation: StateTable,
+    validation_features: Tensor,
     settings: TrainSettings,
 ) -> None:
     optimizer = torch.optim.AdamW(module.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
@@ -114,15 +118,15 @@ def _fit(
                 nn.utils.clip_grad_norm_(module.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
-            held = _held_out_loss(module, loss, held_out, held_features)
-            epochs.set_postfix(train=f"{step_loss.item():.4f}", held_out=f"{held:.4f}")
-            if held < best:
-                best, best_state = held, {key: tensor.clone() for key, tensor in module.state_dict().items()}
+            validated = _validation_loss(module, loss, validation, validation_features)
+            epochs.set_postfix(train=f"{step_loss.item():.4f}", validation=f"{validated:.4f}")
+            if validated < best:
+                best, best_state = validated, {key: tensor.clone() for key, tensor in module.state_dict().items()}
     module.load_state_dict(best_state)
 
 
 @torch.inference_mode()
-def _held_out_loss(
+def _validation_loss(
     module: nn.Module, loss: Callable[[Tensor, StateTable], Tensor], states: StateTable, features: Tensor
 ) -> float:
     module.eval()

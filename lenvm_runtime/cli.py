@@ -1,0 +1,59 @@
+"""The ``lenvm`` command. Bad arguments: one line on standard error and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from lenvm_runtime import default_model, serve
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"lenvm: {message}\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status."""
+    parsed = _build_parser().parse_args(arguments)
+    try:
+        status: int = parsed.run(parsed)
+        return status
+    except ValueError as error:
+        print(f"lenvm: {error}", file=sys.stderr)
+        return 2
+    except (serve.StartError, default_model.ModelSourceError) as error:
+        print(f"lenvm: {error}", file=sys.stderr)
+        return 1
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="lenvm", description="Length values and length control for LLM serving.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    command = commands.add_parser("serve", help="start the engine and the gateway")
+    command.add_argument("--host", default="127.0.0.1")
+    command.add_argument("--port", type=int, default=8000)
+    command.add_argument("--model", default="", help="model folder or hub name (default: SmolLM2-135M-Instruct)")
+    command.add_argument(
+        "--lenvm", default="", help="LenVM head folder (default: the shipped one for the default model)"
+    )
+    command.add_argument("engine_arguments", nargs="*", help="after --: SGLang's own arguments")
+    command.set_defaults(run=_serve)
+    return parser
+
+
+def _serve(parsed: argparse.Namespace) -> int:
+    config = serve.ServeConfig(
+        host=parsed.host,
+        port=parsed.port,
+        model=parsed.model or None,
+        head=Path(parsed.lenvm) if parsed.lenvm else None,
+        engine_arguments=tuple(parsed.engine_arguments),
+    )
+    return serve.serve(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+"""The public API through the public client, against the real engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from lenvm_runtime.serve import Stack
+
+pytestmark = pytest.mark.e2e
+
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+ESSAY = [{"role": "user", "content": "Write a long essay about rivers."}]
+
+
+def engine_is_idle(stack: Stack) -> bool:
+    """No running request and no KV slot in use but the prefix cache's."""
+    info = httpx.get(f"{stack.engine_url}/get_server_info", timeout=30).json()
+    load = httpx.get(f"{stack.engine_url}/get_load", timeout=30).json()
+    assert info
+    return all(rank["num_reqs"] == 0 for rank in load)
+
+
+def test_completion_is_not_streamed(client: openai.OpenAI, model_name: str) -> None:
+    answer = client.chat.completions.create(
+        model=model_name, messages=QUESTION, temperature=0, max_completion_tokens=40, logprobs=True, top_logprobs=3
+    )
+    choice = answer.choices[0]
+    assert "Paris" in choice.message.content
+    lenvm = choice.model_extra["lenvm"]
+    assert len(lenvm["values"]) == answer.usage.completion_tokens
+    assert lenvm["ended"] == "natural"
+    assert lenvm["applied"] is None
+    assert len(choice.logprobs.content[0].top_logprobs) == 3
+
+
+def test_stream_has_one_terminal_event(stack: Stack, model_name: str) -> None:
+    body = {"model": model_name, "messages": QUESTION, "temperature": 0, "stream": True, "max_completion_tokens": 20}
+    with httpx.stream("POST", f"{stack.gateway_url}/v1/chat/completions", json=body, timeout=60) as response:
+        events = [line for line in response.iter_lines() if line]
+    assert events[-1] == "data: [DONE]"
+    assert sum(event == "data: [DONE]" for event in events) == 1
+    assert sum('"finish_reason":"' in event for event in events) == 1
+
+
+def test_values_can_be_left_out(client: openai.OpenAI, model_name: str) -> None:
+    answer = client.chat.completions.create(
+        model=model_name, messages=QUESTION, temperature=0, extra_body={"length_values": False}
+    )
+    assert set(answer.choices[0].model_extra["lenvm"]) == {"applied", "ended"}
+
+
+def test_two_choices(client: openai.OpenAI, model_name: str) -> None:
+    answer = client.chat.completions.create(
+        model=model_name, messages=QUESTION, n=2, temperature=1, max_completion_tokens=20
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    total = sum(len(choice.model_extra["lenvm"]["values"]) for choice in answer.choices)
+    assert total == answer.usage.completion_tokens
+
+
+def test_two_streamed_choices(client: openai.OpenAI, model_name: str) -> None:
+    counts, ended = {0: 0, 1: 0}, {}
+    stream = client.chat.completions.create(
+        model=model_name, messages=QUESTION, n=2, temperature=1, max_completion_tokens=20, stream=True
+    )
+    for chunk in stream:
+        for choice in chunk.choices:
+            lenvm = (choice.model_extra or {}).get("lenvm") or {}
+            counts[choice.index] += len(lenvm.get("values", []))
+            if "ended" in lenvm:
+                ended[choice.index] = lenvm["ended"]
+    assert set(ended) == {0, 1}
+    assert min(counts.values()) > 0
+
+
+def test_stop_string_and_cap(client: openai.OpenAI, model_name: str) -> None:
+    stopped = client.chat.completions.create(model=model_name, messages=QUESTION, temperature=0, stop=["capital"])
+    assert "capital" not in stopped.choices[0].message.content
+    assert stopped.choices[0].finish_reason == "stop"
+    capped = client.chat.completions.create(model=model_name, messages=ESSAY, temperature=0, max_completion_tokens=5)
+    assert capped.choices[0].finish_reason == "length"
+    assert capped.choices[0].model_extra["lenvm"]["ended"] == "cap"
+    assert capped.usage.completion_tokens == 5
+
+
+def test_json_schema(client: openai.OpenAI, model_name: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    for extra in ({}, {"max_length_hint": 12}):
+        answer = client.chat.completions.create(
+            model=model_name,
+            messages=QUESTION,
+            temperature=0,
+            max_completion_tokens=60,
+            response_format={"type": "json_schema", "json_schema": {"name": "city", "schema": schema}},
+            extra_body=extra,
+        )
+        assert set(json.loads(answer.choices[0].message.content)) == {"city"}
+
+
+def test_required_tool_call(client: openai.OpenAI, model_name: str) -> None:
+    tool = {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "The weather of a city",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "maxLength": 20}},
+                "required": ["city"],
+            },
+        },
+    }
+    answer = client.chat.completions.create(
+        model=model_name,
+        messages=[{"role": "user", "content": "What is the weather in Paris?"}],
+        tools=[tool],
+        tool_choice="required",
+        temperature=0,
+        max_completion_tokens=80,
+    )
+    call = answer.choices[0].message.tool_calls[0]
+    assert call.function.name == "get_weather"
+    assert "city" in json.loads(call.function.arguments)
+
+
+def test_completions_endpoint(client: openai.OpenAI, model_name: str) -> None:
+    answer = client.completions.create(model=model_name, prompt="The capital of France is", max_tokens=8, temperature=0)
+    assert "Paris" in answer.choices[0].text
+    assert len(answer.choices[0].model_extra["lenvm"]["values"]) == 8
+
+
+def test_length_prediction(stack: Stack, model_name: str) -> None:
+    def predict(content: str) -> dict[str, Any]:
+        body = {"model": model_name, "messages": [{"role": "user", "content": content}]}
+        response = httpx.post(f"{stack.gateway_url}/v1/length/predict", json=body, timeout=60)
+        assert response.status_code == 200
+        return response.json()
+
+    short, long = (
+        predict("What is 2 + 2? Answer with the number only."),
+        predict("Write a detailed essay about rivers."),
+    )
+    assert short["interval"][0] <= short["interval"][1]
+    assert short["expected"] < long["expected"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "field"),
+    [
+        ({"max_length_hint": 0}, "max_length_hint"),
+        ({"max_length_hint": "ten"}, "max_length_hint"),
+        ({"max_length_hint": 5, "length_control": {"mode": "equal", "target": 5}}, "max_length_hint"),
+        ({"length_control": {"mode": "shorter", "target": 5}}, "length_control.mode"),
+        ({"length_control": {"mode": "equal"}}, "length_control.target"),
+        ({"length_control": {"mode": "tilt"}}, "length_control.beta"),
+        ({"length_control": {"mode": "scale", "factor": -1}}, "length_control.factor"),
+        ({"length_control": {"mode": "equal", "target": 5, "colour": 1}}, "length_control.colour"),
+        ({"length_values": "yes"}, "length_values"),
+        ({"custom_params": {}}, "custom_params"),
+        ({"custom_logit_processor": "x"}, "custom_logit_processor"),
+        ({"no_such_field": 1}, "no_such_field"),
+        ({"temperature": -1}, "temperature"),
+        ({"n": 0}, "n"),
+    ],
+)
+def test_bad_fields_are_named(client: openai.OpenAI, model_name: str, extra: dict[str, Any], field: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=model_name, messages=QUESTION, extra_body=extra)
+    assert field in caught.value.body["param"]
+
+
+def test_unknown_model_is_a_404(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="no-such-model", messages=QUESTION)
+
+
+async def test_cancelled_stream_frees_the_engine(
+    stack: Stack, async_client: openai.AsyncOpenAI, model_name: str
+) -> None:
+    stream = await async_client.chat.completions.create(
+        model=model_name, messages=ESSAY, stream=True, max_completion_tokens=2000, extra_body={"ignore_eos": True}
+    )
+    received = 0
+    async for _ in stream:
+        received += 1
+        if received == 5:
+            break
+    await stream.close()
+    deadline = time.monotonic() + 20
+    while not engine_is_idle(stack):
+        assert time.monotonic() < deadline, "the engine still runs the cancelled request"
+        await asyncio.sleep(0.2)
+
+
+async def test_32_mixed_requests(stack: Stack, async_client: openai.AsyncOpenAI, model_name: str) -> None:
+    controls: list[dict[str, Any]] = [
+        {},
+        {"max_length_hint": 20},
+        {"length_control": {"mode": "equal", "target": 40}},
+        {"length_control": {"mode": "at_least", "target": 30}},
+        {"length_control": {"mode": "tilt", "beta": 20}},
+        {"length_control": {"mode": "scale", "factor": 0.5}},
+        {"length_control": {"mode": "equal", "target": 25, "strategy": "hard"}},
+        {"length_values": False},
+    ]
+
+    async def ask(index: int) -> None:
+        extra = controls[index % len(controls)]
+        temperature = 0 if index % 3 == 0 else 1
+        answer = await async_client.chat.completions.create(
+            model=model_name,
+            messages=[{"role": "user", "content": f"Tell me something about the number {index}."}],
+            temperature=temperature,
+            top_p=0.95 if index % 2 else 1,
+            max_completion_tokens=80,
+            extra_body=extra,
+        )
+        lenvm = answer.choices[0].model_extra["lenvm"]
+        assert lenvm["ended"] in ("natural", "cap")
+        mode = "at_most" if "max_length_hint" in extra else extra.get("length_control", {}).get("mode")
+        assert (lenvm["applied"] or {}).get("mode") == mode
+        if mode == "at_least" and lenvm["ended"] == "natural":
+            assert answer.usage.completion_tokens >= 30
+        if extra.get("length_values", True):
+            assert len(lenvm["values"]) == answer.usage.completion_tokens
+
+    await asyncio.gather(*(ask(index) for index in range(32)))
+    assert engine_is_idle(stack)
+
+
+def test_page_and_metrics_are_served(stack: Stack) -> None:
+    assert "<html" in httpx.get(f"{stack.gateway_url}/").text
+    metrics = httpx.get(f"{stack.gateway_url}/metrics").text
+    assert "lenvm_" in metrics

@@ -1,0 +1,77 @@
+"""Validation of a request's length fields and their wire form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lenvm_runtime.length_control import (
+    LengthControl,
+    LengthControlError,
+    build_custom_params,
+    wants_values,
+)
+
+CONTROLS = st.one_of(
+    st.builds(
+        LengthControl,
+        st.sampled_from(["equal", "at_least", "at_most"]),
+        target=st.integers(1, 10_000),
+        strategy=st.sampled_from(["natural", "hard"]),
+    ),
+    st.builds(LengthControl, st.just("tilt"), beta=st.floats(-1000, 1000)),
+    st.builds(LengthControl, st.just("scale"), factor=st.floats(0.01, 100)),
+)
+
+
+@given(control=CONTROLS, values=st.booleans())
+def test_the_wire_form_round_trips(control: LengthControl, values: bool) -> None:
+    wire = build_custom_params(control, values)
+    assert LengthControl.from_custom_params(wire) == control
+    assert wants_values(wire) is values
+    assert all(isinstance(value, str | int | float | bool) for value in wire["lenvm"].values())  # SGLang nests once
+
+
+def test_a_request_without_control_has_none_on_the_wire() -> None:
+    wire = build_custom_params(None, values=True)
+    assert wire == {"lenvm": {"values": True}}
+    assert LengthControl.from_custom_params(wire) is None
+    assert LengthControl.from_custom_params(None) is None
+
+
+def test_max_length_hint_is_short_for_at_most() -> None:
+    assert LengthControl.from_request({"max_length_hint": 200}) == LengthControl("at_most", target=200)
+    assert LengthControl.from_request({}) is None
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"max_length_hint": 0}, "max_length_hint"),
+        ({"max_length_hint": True}, "max_length_hint"),
+        ({"max_length_hint": 1.5}, "max_length_hint"),
+        ({"max_length_hint": 9, "length_control": {}}, "max_length_hint"),
+        ({"length_control": []}, "length_control"),
+        ({"length_control": {}}, "length_control.mode"),
+        ({"length_control": {"mode": "at_most"}}, "length_control.target"),
+        ({"length_control": {"mode": "at_most", "target": 0}}, "length_control.target"),
+        ({"length_control": {"mode": "at_most", "target": 5, "beta": 1}}, "length_control.beta"),
+        ({"length_control": {"mode": "tilt", "beta": float("nan")}}, "length_control.beta"),
+        ({"length_control": {"mode": "tilt", "beta": 1, "strategy": "hard"}}, "length_control.strategy"),
+        ({"length_control": {"mode": "scale", "factor": 0}}, "length_control.factor"),
+        ({"length_control": {"mode": "equal", "target": 5, "strategy": "soft"}}, "length_control.strategy"),
+        ({"length_control": {"mode": "equal", "target": 5, "x": 1}}, "length_control.x"),
+    ],
+)
+def test_unusable_fields_are_named(body: dict[str, Any], field: str) -> None:
+    with pytest.raises(LengthControlError) as caught:
+        LengthControl.from_request(body)
+    assert caught.value.field == field
+
+
+def test_beta_zero_is_neutral() -> None:
+    assert LengthControl("tilt", beta=0.0).is_neutral
+    assert not LengthControl("tilt", beta=0.1).is_neutral
+    assert not LengthControl("at_most", target=1).is_neutral

@@ -1,0 +1,89 @@
+"""The launcher: bad input is one line and exit status 2; nothing is started on a taken port."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lenvm_runtime import default_model
+from lenvm_runtime.cli import main
+from lenvm_runtime.launch_engine import engine_arguments
+from lenvm_runtime.serve import ServeConfig, StartError, running_stack
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serve", "--port", "0"],
+        ["serve", "--port", "many"],
+        ["serve", "--lenvm", "/no/such/folder"],
+        ["serve", "--no-such-flag"],
+        ["no-such-command"],
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status: int | str | None = main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_taken_port_is_reported_before_anything_starts() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(StartError, match=str(port)), running_stack(ServeConfig("127.0.0.1", port, None, None)):
+            pass
+
+
+def test_the_callers_engine_arguments_win() -> None:
+    arguments = engine_arguments(["--device=cuda", "--attention-backend", "triton"], on_cpu=True)
+    assert "cpu" not in arguments
+    assert arguments.count("--attention-backend") == 1
+    assert "--incremental-streaming-output" in arguments
+
+
+def test_an_interrupted_conversion_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts = []
+
+    def save(_model: object, _tokenizer: object, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "half.txt").write_text("x")
+        attempts.append(folder)
+        if len(attempts) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(default_model, "_find_gguf", lambda: tmp_path / "x.gguf")
+    monkeypatch.setattr(default_model, "_verify_checksum", lambda _: None)
+    monkeypatch.setattr(default_model, "_load", lambda _: (None, None))
+    monkeypatch.setattr(default_model, "_save", save)
+    with pytest.raises(KeyboardInterrupt):
+        default_model.ensure_default_model(tmp_path)
+    folder = default_model.ensure_default_model(tmp_path)
+    assert folder.is_dir()
+    assert len(attempts) == 2
+    assert default_model.ensure_default_model(tmp_path) == folder
+    assert len(attempts) == 2
+
+
+def test_a_changed_model_file_is_refused(tmp_path: Path) -> None:
+    changed = tmp_path / "model.gguf"
+    changed.write_bytes(b"not the model")
+    with pytest.raises(default_model.ModelSourceError, match="checksum"):
+        default_model._verify_checksum(changed)
+
+
+def test_a_failing_plugin_ends_the_engine_with_a_clear_message() -> None:
+    command = [sys.executable, "-m", "lenvm_runtime.launch_engine", "--model-path", "x"]
+    result = subprocess.run(
+        command, env={"LENVM_HEAD": "/no/such/head", "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode != 0
+    assert "lenvm: the SGLang plugin cannot start" in result.stderr
+    assert "lenvm_config.json" in result.stderr

@@ -1,0 +1,165 @@
+"""``python -m lenvm_training``: prompts -> rollouts -> head, each step resumable.
+
+prompts    write a prompt file from templates and the user's own JSONL files
+rollouts   sample completions of a prompt file from a running engine
+train      read the states off, train both heads, evaluate on other prompts, write head and model card
+
+Bad input: one line on standard error and exit status 2; a step that is started again goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import sys
+import zlib
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lenvm_training.prompts import Prompt, PromptFileError, prompts_from_file, read_prompts, template_prompts
+from lenvm_training.rollouts import EngineError, Sampling, read_rollouts, sample_rollouts
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"lenvm_training: {message}\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a step; returns the exit status."""
+    parsed = _build_parser().parse_args(arguments)
+    try:
+        parsed.run(parsed)
+    except (PromptFileError, OSError, ValueError) as error:
+        print(f"lenvm_training: {error}", file=sys.stderr)
+        return 2
+    except EngineError as error:
+        print(f"lenvm_training: {error} (run the same command again to go on)", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="lenvm_training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="STEP", parser_class=_Parser)
+
+    prompts = commands.add_parser("prompts", help="write a prompt file")
+    prompts.add_argument("--out", type=Path, required=True)
+    prompts.add_argument("--file", action="append", default=[], metavar="DOMAIN=PATH:COUNT", help="may be repeated")
+    prompts.add_argument("--templates", type=int, default=200, help="template prompts a domain")
+    prompts.add_argument("--seed", type=int, default=0)
+    prompts.add_argument("--exclude", type=Path, help="a prompt file whose prompts must not appear")
+    prompts.set_defaults(run=_prompts)
+
+    rollouts = commands.add_parser("rollouts", help="sample completions")
+    rollouts.add_argument("--prompts", type=Path, required=True)
+    rollouts.add_argument("--out", type=Path, required=True)
+    rollouts.add_argument("--model", type=Path, required=True, help="folder of the served model (its tokenizer)")
+    rollouts.add_argument("--engine-url", default=os.environ.get("LENVM_ENGINE_URL"), help="or LENVM_ENGINE_URL")
+    rollouts.add_argument("--samples", type=int, default=5, help="completions a prompt")
+    rollouts.add_argument("--max-new-tokens", type=int, default=512)
+    rollouts.add_argument("--concurrency", type=int, default=96)
+    rollouts.set_defaults(run=_rollouts)
+
+    train = commands.add_parser("train", help="train and evaluate the heads")
+    train.add_argument("--rollouts", type=Path, required=True)
+    train.add_argument("--eval-rollouts", type=Path, required=True, help="completions of other prompts")
+    train.add_argument("--model", type=Path, required=True)
+    train.add_argument("--base-model", default="SmolLM2-135M-Instruct", help="the served model's name, for the card")
+    train.add_argument("--work", type=Path, required=True, help="folder for the states (reused)")
+    train.add_argument("--out", type=Path, required=True, help="head folder to write")
+    train.add_argument("--layers", default="", help="decoder layers to read beside the final state, as 15,20")
+    train.add_argument("--gamma", type=float, default=0.997)
+    train.add_argument("--rank", type=int, default=256)
+    train.add_argument("--epochs", type=int, default=8)
+    train.add_argument("--states", type=int, default=24, help="states kept a completion")
+    train.set_defaults(run=_train)
+    return parser
+
+
+def _prompts(parsed: argparse.Namespace) -> None:
+    prompts: list[Prompt] = []
+    for source in parsed.file:
+        domain, _, rest = source.partition("=")
+        path, _, count = rest.rpartition(":")
+        if not (domain and path and count.isdigit()):
+            raise ValueError(f"--file: expected DOMAIN=PATH:COUNT, got {source!r}")
+        prompts += prompts_from_file(Path(path), domain, int(count), parsed.seed)
+    for domain in ("short_long", "requested"):
+        prompts += template_prompts(parsed.templates, domain, parsed.seed)
+    excluded = {prompt.messages[0]["content"] for prompt in read_prompts(parsed.exclude)} if parsed.exclude else set()
+    kept = [prompt for prompt in prompts if prompt.messages[0]["content"] not in excluded]
+    parsed.out.parent.mkdir(parents=True, exist_ok=True)
+    parsed.out.write_text("".join(prompt.to_json() + "\n" for prompt in kept), encoding="utf-8")
+    print(f"{len(kept)} prompts")
+
+
+def _rollouts(parsed: argparse.Namespace) -> None:
+    if not parsed.engine_url:
+        raise ValueError("--engine-url: give the address of a running engine")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(parsed.model)
+    prompts = read_prompts(parsed.prompts)
+    sampling = Sampling(max_new_tokens=parsed.max_new_tokens)
+    added = asyncio.run(_sample(prompts, tokenizer, sampling, parsed))
+    print(f"{added} completions added")
+
+
+async def _sample(prompts: list[Prompt], tokenizer: Any, sampling: Sampling, parsed: argparse.Namespace) -> int:
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
+    return await sample_rollouts(
+        prompts, tokenizer, parsed.engine_url, parsed.out, parsed.samples, sampling, parsed.concurrency, stop=stop
+    )
+
+
+def _train(parsed: argparse.Namespace) -> None:
+    import torch
+    from lenvm_kernels.checkpoint import save_head
+    from lenvm_kernels.heads import HeadConfig
+    from transformers import AutoModelForCausalLM
+
+    from lenvm_training.evaluation import evaluate_head
+    from lenvm_training.features import extract_states
+    from lenvm_training.model_card import write_model_card
+    from lenvm_training.trainer import TrainSettings, train_head
+
+    model = AutoModelForCausalLM.from_pretrained(parsed.model, dtype=torch.bfloat16).eval()
+    layers = tuple(int(layer) for layer in parsed.layers.split(",") if layer)
+    rollouts, held_rollouts = list(read_rollouts(parsed.rollouts)), list(read_rollouts(parsed.eval_rollouts))
+    states = extract_states(model, rollouts, layers, parsed.states, parsed.work / "train")
+    in_validation = torch.tensor([_is_validation(row["prompt_id"]) for row in rollouts])[states.rollout]
+    train, validation = states.select(~in_validation), states.select(in_validation)
+    held_out = extract_states(model, held_rollouts, layers, parsed.states, parsed.work / "eval")
+    eos = model.generation_config.eos_token_id
+    config = HeadConfig(
+        base_model=parsed.base_model,
+        hidden_size=model.config.hidden_size,
+        vocab_size=model.config.vocab_size,
+        gamma=parsed.gamma,
+        num_bins=32,
+        max_length=2048,
+        rank=parsed.rank,
+        feature_layers=layers,
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
+    )
+    settings = TrainSettings(epochs=parsed.epochs)
+    embeddings = model.get_input_embeddings().weight.detach()
+    head = train_head(config, train, validation, layers, embeddings, settings)
+    figures = evaluate_head(head, train, held_out, layers, held_rollouts)
+    save_head(head, parsed.out)
+    write_model_card(parsed.out, config, settings, rollouts, held_rollouts, figures)
+    print(json.dumps(figures, indent=2))
+
+
+def _is_validation(prompt_id: str) -> bool:
+    """A tenth of the prompts, the same ones in every run."""
+    return zlib.crc32(prompt_id.encode()) % 10 == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

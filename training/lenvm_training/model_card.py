@@ -1,0 +1,88 @@
+"""The model card of a head, written from the figures of the run that made it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lenvm_kernels.heads import HeadConfig
+
+from lenvm_training.rollouts import FINISHED
+from lenvm_training.trainer import TrainSettings
+
+CARD_FILE = "README.md"
+FIGURES_FILE = "figures.json"
+_ROWS = (
+    ("value_mse", "value head: MSE of V(s_t) against the realised return"),
+    ("value_mse_distribution", "the same for the mean of the predicted distribution"),
+    ("value_mse_constant", "best constant"),
+    ("value_mse_position", "best function of the position alone"),
+    ("value_mse_over_constant", "value head / constant"),
+    ("value_mse_over_position", "value head / position only"),
+    ("distribution_mse_over_position", "distribution / position only"),
+    ("boundary_tau", "prompt boundary, value head: Kendall tau against the mean of the samples (return space)"),
+    ("boundary_mre", "prompt boundary, value head: mean relative error (return space)"),
+    ("boundary_tau_expected", "prompt boundary, predicted mean: Kendall tau against the mean length"),
+    ("boundary_mre_expected", "prompt boundary, predicted mean: mean relative error"),
+    ("remaining_mre_25", "median relative error of the remaining length at 25% of the answer"),
+    ("remaining_mre_50", "at 50%"),
+    ("remaining_mre_75", "at 75%"),
+    ("interval_coverage", "share of answers inside the 80% interval given at the prompt boundary"),
+)
+
+
+def write_model_card(
+    folder: Path,
+    config: HeadConfig,
+    settings: TrainSettings,
+    rollouts: Sequence[dict[str, Any]],
+    held_rollouts: Sequence[dict[str, Any]],
+    figures: dict[str, float],
+) -> None:
+    """Write ``README.md`` and ``figures.json`` beside the weights."""
+    (folder / FIGURES_FILE).write_text(json.dumps(figures, indent=2) + "\n")
+    table = "\n".join(f"| {label} | {figures[name]:.4f} |" for name, label in _ROWS)
+    (folder / CARD_FILE).write_text(
+        f"""# LenVM head for {config.base_model}
+
+Predicts, from the frozen model's hidden states, how much of its answer is still to come: a value head
+(published LenVM form) and a candidate head (distribution of the remaining length after each candidate
+token). It describes this model sampled as below; other sampling settings or prompts shift the lengths.
+
+## Data
+
+{_describe(rollouts)}
+
+Held out (other prompts): {_describe(held_rollouts)}
+
+Sampling: {json.dumps(rollouts[0]["sampling"])}. Completions cut by the token limit are censored: left
+out of the value targets, and "at least this long" for the distribution.
+
+## Settings
+
+{json.dumps(asdict(config))}
+
+{json.dumps(asdict(settings))}
+
+## Figures on the held-out prompts
+
+{figures["num_completions"]:.0f} finished completions, {figures["num_states"]:.0f} states;
+{figures["num_prompts"]:.0f} prompts with at least 4 finished samples at the prompt boundary.
+
+| figure | |
+| --- | --- |
+{table}
+"""
+    )
+
+
+def _describe(rollouts: Sequence[dict[str, Any]]) -> str:
+    finished = Counter(row["domain"] for row in rollouts if row["finish_reason"] == FINISHED)
+    total = Counter(row["domain"] for row in rollouts)
+    prompts = len({row["prompt_id"] for row in rollouts})
+    domains = ", ".join(f"{domain} {finished[domain]} of {total[domain]}" for domain in sorted(total))
+    return f"{sum(finished.values())} finished of {len(rollouts)} completions of {prompts} prompts ({domains})."
