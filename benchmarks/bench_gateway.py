@@ -1,6 +1,6 @@
 """What the gateway costs: 32 concurrent streams through it against the same streams on the engine's own port.
 
-Needs a running stack: ``--engine-url`` (SGLang with the plugin) and ``--gateway-url`` (the gateway before it).
+Starts the default stack, or takes a running one: ``--engine-url`` (SGLang with the plugin) and ``--gateway-url``.
 First checks that both give the same chunks, values and text for greedy requests; then times interleaved rounds.
 
 Figures: ``gateway_over_direct_throughput`` (median over rounds of the ratio of completion tokens a second) and
@@ -13,6 +13,8 @@ import argparse
 import asyncio
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -22,6 +24,7 @@ import httpx
 import orjson
 
 from lenvm_runtime.length_control import build_custom_params
+from lenvm_runtime.serve import ServeConfig, free_port, running_stack
 
 TOPICS = ("tides", "bread", "chess", "glass", "bees", "maps", "violins", "volcanoes")
 CPU_SERIES = "lenvm_gateway_process_cpu_seconds_total "
@@ -173,19 +176,31 @@ async def bench(engine_url: str, gateway_url: str, api_key: str, load: Load) -> 
         return await measure(client, direct, gateway, load)
 
 
+@contextmanager
+def running_urls(engine_url: str | None, gateway_url: str | None) -> Iterator[tuple[str, str]]:
+    """The addresses of the stack given, or of one started for the benchmark."""
+    if engine_url and gateway_url:
+        yield engine_url.rstrip("/"), gateway_url.rstrip("/")
+        return
+    with running_stack(ServeConfig("127.0.0.1", free_port(), None, None)) as stack:
+        yield stack.engine_url, stack.gateway_url
+
+
 def main() -> None:
     """Read the arguments, run, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine-url", required=True)
-    parser.add_argument("--gateway-url", required=True)
+    parser.add_argument("--engine-url", help="with --gateway-url: a running stack (default: start one)")
+    parser.add_argument("--gateway-url")
     parser.add_argument("--api-key", default="")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds: at most 8 minutes on 2 cores")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     arguments = parser.parse_args()
     load = Load(arguments.streams, *((48, 3) if arguments.quick else (128, 7)))
-    engine_url, gateway_url = arguments.engine_url.rstrip("/"), arguments.gateway_url.rstrip("/")
-    measured = asyncio.run(bench(engine_url, gateway_url, arguments.api_key, load))
+    if bool(arguments.engine_url) != bool(arguments.gateway_url):
+        parser.error("--engine-url and --gateway-url go together")
+    with running_urls(arguments.engine_url, arguments.gateway_url) as (engine_url, gateway_url):
+        measured = asyncio.run(bench(engine_url, gateway_url, arguments.api_key, load))
     figures = orjson.dumps(measured, option=orjson.OPT_INDENT_2)
     sys.stdout.buffer.write(figures + b"\n")
     if arguments.json:

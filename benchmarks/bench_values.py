@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+
 from lenvm_runtime.length_control import LengthControl, build_custom_params
 from lenvm_runtime.serve import NO_HEAD, ServeConfig, running_engine
 

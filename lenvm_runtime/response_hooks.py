@@ -14,8 +14,8 @@ from typing import Any
 
 import orjson
 from fastapi.responses import ORJSONResponse
-from lenvm_kernels.checkpoint import read_config
 
+from lenvm_kernels.checkpoint import read_config
 from lenvm_runtime import compat
 from lenvm_runtime.response import ResponseBuilder
 

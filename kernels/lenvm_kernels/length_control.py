@@ -4,12 +4,14 @@ A row has generated t = num_generated tokens. Candidate x would be token t + 1; 
 tokens (bin m, about bin_lengths[m] >= 1 of them) come after it, 0 after an EOS candidate. With v(x) the
 expected value after x (``length_value.expected_value``; 0 for EOS) and d = (length - target) / target:
 
-natural   p'(x) ~ p(x) * psi(x),  psi(x) = sum_m P(m | x) * K(t + 1 + bin_lengths[m]),  psi(EOS) = K(t + 1)
+natural   p'(x) ~ p(x) * psi(x) ** strength,  psi(x) = sum_m P(m | x) * K(t + 1 + bin_lengths[m]),
+          psi(EOS) = K(t + 1)
 
           K = exp(-short * max(-d, 0) - long * max(d, 0)), slopes by mode (``PreferenceKernel``): what a
-          final length is worth. This is the Doob h-transform of the model's own sampling: were P exact,
-          answers would follow p(answer) * K(length), the least-KL way to that preference, so EOS gets
-          chance only where the model itself ends. AT_LEAST also forbids EOS while t + 1 < target.
+          final length is worth. With strength 1 this is the Doob h-transform of the model's own sampling:
+          were P exact, answers would follow p(answer) * K(length), the least-KL way to that preference,
+          so EOS gets chance only where the model itself ends. A head that knows less than P asks for more
+          strength: its psi differs too little between candidates. AT_LEAST also forbids EOS while t + 1 < target.
 hard      one-hot at  EQUAL: argmin |length(v(x)) - max(target - t - 1, 0)|;  AT_LEAST: argmin v(x) while
           t + 1 < target;  AT_MOST: argmax v(x).  (Length Value Model, arXiv 2604.27039; first wins ties)
 tilt      p'(x) ~ p(x) * exp(beta * v(x)): beta > 0 shortens, beta < 0 lengthens; either strategy
@@ -44,12 +46,13 @@ class Strategy(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class PreferenceKernel:
-    """Slopes of K, in nats per relative deviation from the target (>= 0): 20 is 1 nat for 5% off."""
+    """Slopes of K, in nats per relative deviation from the target (>= 0): 20 is 1 nat for 5% off; and strength > 0."""
 
-    equal_short: float = 20.0
-    equal_long: float = 20.0
+    equal_short: float = 24.0
+    equal_long: float = 16.0
     at_least_short: float = 20.0
     at_most_long: float = 20.0
+    strength: float = 3.0
 
 
 DEFAULT_KERNEL = PreferenceKernel()

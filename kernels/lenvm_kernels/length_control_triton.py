@@ -60,6 +60,7 @@ def steer_candidates(
         kernel.equal_long,
         kernel.at_least_short,
         kernel.at_most_long,
+        kernel.strength,
         BLOCK_C=triton.next_power_of_2(num_candidates),
         BLOCK_M=triton.next_power_of_2(num_bins),
     )
@@ -109,6 +110,7 @@ def _steer_row(  # type: ignore[no-untyped-def]
     equal_long,
     at_least_short,
     at_most_long,
+    strength,
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -146,7 +148,7 @@ def _steer_row(  # type: ignore[no-untyped-def]
     log_psi = tl.where(is_eos, _log_preference(end_length, target, short, long), log_psi)
     values = tl.where(is_eos, 0.0, tl.sum(tl.exp(bins) * bin_values[None, :], axis=1))
 
-    weighted = logprobs + tl.where(mode == _TILT, beta * values, log_psi)
+    weighted = logprobs + tl.where(mode == _TILT, beta * values, strength * log_psi)
     weighted = tl.where(candidate, weighted, float("-inf"))
     reachable = tl.max(weighted, axis=0) > float("-inf")
     reweighted = _log_softmax(tl.where(reachable, weighted, logprobs))

@@ -1,22 +1,31 @@
 // Attention over a paged KV cache on CPUs: decode and extend with one algorithm.
 //
 // A work item is (request, block of queries, split of the keys, range of KV heads). It walks its keys in
-// blocks of 64 tokens; a block of K is transposed so that tokens lie in vector lanes, which makes the scores
-// of all query heads of a group plain multiply-adds without horizontal sums, and V is widened to fp32 once
-// for all of them. So every byte of K and V is read once per block of queries. The softmax is online, in fp32.
+// blocks of 64 tokens. A block of K is transposed so that tokens lie in vector lanes, which makes the scores
+// of all query heads of a group plain multiply-adds without horizontal sums, and V is packed once for all of
+// them: every byte of K and V is read once per block of queries. The softmax is online, in fp32.
 //
-// The split of the keys depends on the request's own lengths only: a row's result does not depend on its
-// neighbours in the batch or on the number of threads.
+// Both products are C += A B with 32-bit elements: fp32 numbers, or pairs of bf16 where the CPU multiplies
+// those (AVX-512 BF16, AMX); there the softmax weights are rounded to bf16, sums stay fp32.
+//
+// The split of the keys and the choice of instructions depend on the request's own lengths only: a row's
+// result does not depend on its neighbours in the batch or on the number of threads.
 //
 // Plain C interface, no torch headers: compiles in seconds and is called through ctypes.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <type_traits>
 #include <vector>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__linux__)
+#define LENVM_AMX 1
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace {
@@ -28,10 +37,13 @@ constexpr int kLanes = 8, kTileVectors = 2, kTileRows = 4;
 #else
 constexpr int kLanes = 4, kTileVectors = 2, kTileRows = 4;
 #endif
-constexpr int kBlock = 64;            // tokens of K and V handled at once
-constexpr int64_t kSplit = 256;       // keys of one split
-constexpr int64_t kTargetRows = 64;   // query rows (queries x heads of a group) of one item
-constexpr int64_t kPad = 16;          // V rows are padded to this many floats
+constexpr int kBlock = 64;           // tokens of K and V handled at once
+constexpr int kStep = 32;            // a last block is rounded up to this many tokens
+constexpr int64_t kSplit = 256;      // keys of one split
+constexpr int64_t kTargetRows = 128; // query rows (queries x heads of a group) of one item
+constexpr int64_t kPad = 16;         // rows of Q, K and V are padded to this many 32-bit elements
+constexpr int64_t kStripRows = 16;   // of these, the scores of so many are computed at once
+constexpr int64_t kMatrixRows = 8;   // from this many rows on, AMX is used
 constexpr float kMasked = -1e30f;
 constexpr float kLog2e = 1.4426950408889634f;
 
@@ -41,11 +53,35 @@ typedef uint16_t vh __attribute__((vector_size(kLanes * 2), aligned(2), may_alia
 typedef uint16_t bf16;
 
 #if defined(__AVX512BF16__)
-constexpr bool kPairDot = true;  // bf16 pairs are multiplied without widening
+constexpr bool kPairDot = true;
 #else
 constexpr bool kPairDot = false;
 #endif
 
+// Cache-line aligned storage: a tile row that crosses a line costs two loads.
+template <class T>
+struct LineAllocator {
+  using value_type = T;
+  LineAllocator() = default;
+  template <class U>
+  LineAllocator(const LineAllocator<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{64})); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t{64}); }
+  bool operator==(const LineAllocator&) const { return true; }
+  bool operator!=(const LineAllocator&) const { return false; }
+};
+template <class T>
+using Buffer = std::vector<T, LineAllocator<T>>;
+
+// Whether values of type T are multiplied as pairs of bf16, else as fp32; and how many 32-bit elements they make.
+template <class T>
+constexpr bool kPairs = kPairDot && sizeof(T) == 2;
+template <class T>
+constexpr int64_t num_elements(int64_t n) {
+  return kPairs<T> ? n / 2 : n;
+}
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 inline vf load(const float* p) { return *reinterpret_cast<const vf*>(p); }
 inline void store(float* p, vf v) { *reinterpret_cast<vf*>(p) = v; }
 inline vf splat(float x) { return vf{} + x; }
@@ -58,8 +94,9 @@ inline float widen(bf16 x) {
 }
 inline float widen(float x) { return x; }
 
+inline vi widen_bits(const bf16* p) { return __builtin_convertvector(*reinterpret_cast<const vh*>(p), vi); }
 inline vf widen_vector(const bf16* p) {
-  vi wide = __builtin_convertvector(*reinterpret_cast<const vh*>(p), vi) << 16;
+  vi wide = widen_bits(p) << 16;
   return reinterpret_cast<vf&>(wide);
 }
 inline vf widen_vector(const float* p) { return load(p); }
@@ -71,19 +108,28 @@ inline void narrow(float x, bf16* out) {  // round to nearest even; NaN stays Na
   *out = x != x ? 0x7fc0 : static_cast<bf16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// 2^x for x <= 0, relative error below 2e-7; zero below 2^-126.
+// 2^x for x <= 0, zero below 2^-126. Relative error below 2e-7, or 1.1e-4 if the result is rounded to bf16 anyway.
+template <class Rounded = float>
 inline vf exp2_vector(vf x) {
   x = x < -126.0f ? splat(-127.0f) : x;
   const vf magic = splat(12582912.0f);
   vf shifted = x + magic;
   vf f = x - (shifted - magic);  // [-0.5, 0.5]
-  vf p = splat(1.5403530e-4f);
-  p = p * f + 1.3333558e-3f;
-  p = p * f + 9.6181291e-3f;
-  p = p * f + 5.5504109e-2f;
-  p = p * f + 2.4022651e-1f;
-  p = p * f + 6.9314718e-1f;
-  p = p * f + 1.0f;
+  vf p;
+  if constexpr (sizeof(Rounded) == 2) {
+    p = splat(5.5171630e-2f);
+    p = p * f + 2.4261112e-1f;
+    p = p * f + 6.9326098e-1f;
+    p = p * f + 9.9992807e-1f;
+  } else {
+    p = splat(1.5403530e-4f);
+    p = p * f + 1.3333558e-3f;
+    p = p * f + 9.6181291e-3f;
+    p = p * f + 5.5504109e-2f;
+    p = p * f + 2.4022651e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+  }
   vi exponent = (reinterpret_cast<vi&>(shifted) - reinterpret_cast<const vi&>(magic) + 127) << 23;
   return p * reinterpret_cast<vf&>(exponent);
 }
@@ -96,14 +142,22 @@ inline vf tanh_vector(vf x) {  // through 2^-2|x|log2e
 }
 
 inline float reduce_max(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
+#else
   float m = v[0];
   for (int i = 1; i < kLanes; ++i) m = std::max(m, v[i]);
   return m;
+#endif
 }
 inline float reduce_sum(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
+#else
   float s = 0;
   for (int i = 0; i < kLanes; ++i) s += v[i];
   return s;
+#endif
 }
 
 struct Problem {
@@ -118,7 +172,7 @@ struct Problem {
   int32_t causal;
 
   int64_t group() const { return num_heads / num_kv_heads; }
-  int64_t v_pad() const { return (v_dim + kPad - 1) / kPad * kPad; }
+  int64_t v_pad() const { return round_up(v_dim, kPad); }
   // position of query `i` of request `r` among its keys
   int64_t position(int64_t r, int64_t i) const { return kv_lens[r] - (q_starts[r + 1] - q_starts[r]) + i; }
   int64_t first_key(int64_t position) const { return window < 0 ? 0 : std::max<int64_t>(0, position - window); }
@@ -144,7 +198,7 @@ struct Partials {  // per row (split, query head): max, sum, unnormalised output
 
 #if defined(__AVX512F__)
 // 16 rows of 16 dwords -> 16 columns; `out` rows are kBlock dwords apart.
-inline void transpose_16x16(const __m512i* rows, uint32_t* out, int num_columns) {
+inline void transpose_16x16(const __m512i* rows, uint32_t* out) {
   __m512i a[16], b[16];
   for (int i = 0; i < 8; ++i) {
     a[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
@@ -169,195 +223,302 @@ inline void transpose_16x16(const __m512i* rows, uint32_t* out, int num_columns)
     columns[4 + i] = _mm512_shuffle_i32x4(a[4 + i], a[12 + i], 0x88);
     columns[12 + i] = _mm512_shuffle_i32x4(a[4 + i], a[12 + i], 0xdd);
   }
-  for (int c = 0; c < num_columns; ++c) _mm512_storeu_si512(out + c * kBlock, columns[c]);
+  for (int c = 0; c < 16; ++c) _mm512_storeu_si512(out + c * kBlock, columns[c]);
 }
 #endif
 
-// rows: kBlock pointers to num_dwords dwords each -> out[num_dwords][kBlock]
-inline void transpose_dwords(const uint32_t* const* rows, int64_t num_dwords, uint32_t* out) {
+// `num_rows` rows of `width` elements -> out[round_up(width, kPad)][kBlock], zeros beyond `width`
+inline void transpose(const uint32_t* const* rows, int num_rows, int64_t width, uint32_t* out) {
 #if defined(__AVX512F__)
-  for (int t = 0; t < kBlock; t += 16) {
-    for (int64_t d = 0; d < num_dwords; d += 16) {
-      int width = static_cast<int>(std::min<int64_t>(16, num_dwords - d));
-      __mmask16 mask = static_cast<__mmask16>((1u << width) - 1);
+  for (int t = 0; t < num_rows; t += 16) {
+    for (int64_t d = 0; d < width; d += 16) {
+      __mmask16 mask = static_cast<__mmask16>((1u << std::min<int64_t>(16, width - d)) - 1);
       __m512i block[16];
       for (int i = 0; i < 16; ++i) block[i] = _mm512_maskz_loadu_epi32(mask, rows[t + i] + d);
-      transpose_16x16(block, out + d * kBlock + t, width);
+      transpose_16x16(block, out + d * kBlock + t);
     }
   }
 #else
-  for (int64_t d = 0; d < num_dwords; ++d)
-    for (int t = 0; t < kBlock; ++t) std::memcpy(out + d * kBlock + t, rows[t] + d, 4);
+  for (int64_t d = 0; d < round_up(width, kPad); ++d)
+    for (int t = 0; t < num_rows; ++t) {
+      out[d * kBlock + t] = 0;
+      if (d < width) std::memcpy(out + d * kBlock + t, rows[t] + d, 4);
+    }
 #endif
 }
 
 template <class T>
-inline void widen_row(const T* in, int64_t n, int64_t padded, float* out) {
+inline void widen_row(const T* in, int64_t n, int64_t padded, uint32_t* elements) {
+  float* out = reinterpret_cast<float*>(elements);
   int64_t d = 0;
   for (; d + kLanes <= n; d += kLanes) store(out + d, widen_vector(in + d));
   for (; d < n; ++d) out[d] = widen(in[d]);
   for (; d < padded; ++d) out[d] = 0;
 }
 
-// How a row of Q or K becomes dwords that dot_tile multiplies.
 template <class T>
-struct DotFormat {
-  static constexpr bool pairs = false;
-  static int64_t num_dwords(int64_t dim) { return dim; }
-};
-template <>
-struct DotFormat<bf16> {
-  static constexpr bool pairs = kPairDot;
-  static int64_t num_dwords(int64_t dim) { return kPairDot ? dim / 2 : dim; }
-};
-
-template <class T>
-inline void pack_query(const T* in, int64_t dim, uint32_t* out) {
-  if constexpr (DotFormat<T>::pairs)
+inline void pack_query(const T* in, int64_t dim, int64_t padded, uint32_t* out) {
+  if constexpr (kPairs<T>) {
     std::memcpy(out, in, dim * sizeof(T));
-  else
-    widen_row(in, dim, dim, reinterpret_cast<float*>(out));
+    std::fill(out + dim / 2, out + padded, 0);
+  } else {
+    widen_row(in, dim, padded, out);
+  }
 }
 
+// K rows -> out[elements of a row][kBlock tokens]
 template <class T>
-inline void pack_keys(const T* const* rows, int64_t dim, float* widened, uint32_t* out) {
-  const uint32_t* dwords[kBlock];
-  constexpr bool raw = DotFormat<T>::pairs || sizeof(T) == 4;
-  for (int t = 0; t < kBlock; ++t) {
-    if constexpr (raw) {
-      dwords[t] = reinterpret_cast<const uint32_t*>(rows[t]);
+inline void pack_keys(const T* const* rows, int num_tokens, int64_t dim, uint32_t* widened, uint32_t* out) {
+  const uint32_t* elements[kBlock];
+  for (int t = 0; t < num_tokens; ++t) {
+    if constexpr (kPairs<T> || sizeof(T) == 4) {
+      elements[t] = reinterpret_cast<const uint32_t*>(rows[t]);
     } else {
       widen_row(rows[t], dim, dim, widened + t * dim);
-      dwords[t] = reinterpret_cast<const uint32_t*>(widened + t * dim);
+      elements[t] = widened + t * dim;
     }
   }
-  transpose_dwords(dwords, DotFormat<T>::num_dwords(dim), out);
+  transpose(elements, num_tokens, num_elements<T>(dim), out);
 }
 
-// ---- the two products -----------------------------------------------------------------------------------
+// two rows -> out[padded] pairs (a[d], b[d])
+inline void interleave_rows(const bf16* a, const bf16* b, int64_t n, int64_t padded, uint32_t* out) {
+  int64_t d = 0;
+  for (; d + kLanes <= n; d += kLanes) *reinterpret_cast<vi*>(out + d) = widen_bits(a + d) | (widen_bits(b + d) << 16);
+  for (; d < n; ++d) out[d] = a[d] | static_cast<uint32_t>(b[d]) << 16;
+  for (; d < padded; ++d) out[d] = 0;
+}
+
+// V rows -> out[elements of the tokens][padded]
+template <class T>
+inline void pack_values(const T* const* rows, int num_tokens, int64_t dim, int64_t padded, uint32_t* out) {
+  if constexpr (kPairs<T>)
+    for (int t = 0; t < num_tokens; t += 2) interleave_rows(rows[t], rows[t + 1], dim, padded, out + t / 2 * padded);
+  else
+    for (int t = 0; t < num_tokens; ++t) widen_row(rows[t], dim, padded, out + t * padded);
+}
+
+// ---- the product -----------------------------------------------------------------------------------------
+
+// C[m, n] = C * rescale[row] + A[m, k] B[k, n]; rescale null: C = A B. k, n multiples of 16.
+struct Product {
+  const uint32_t *a, *b;
+  float* c;
+  const float* rescale;
+  int64_t m, n, k, a_stride, b_stride, c_stride;
+};
 
 template <class T>
-inline vf multiply_add(uint32_t q, const uint32_t* k, vf acc) {
+inline vf multiply_add(uint32_t a, const uint32_t* b, vf acc) {
 #if defined(__AVX512BF16__)
-  if constexpr (DotFormat<T>::pairs)
+  if constexpr (kPairs<T>)
     return reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc),
-                                                 reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(q))),
-                                                 reinterpret_cast<__m512bh>(_mm512_loadu_si512(k))));
+                                                 reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a))),
+                                                 reinterpret_cast<__m512bh>(_mm512_loadu_si512(b))));
 #endif
   float x;
-  std::memcpy(&x, &q, 4);
-  return acc + x * load(reinterpret_cast<const float*>(k));
+  std::memcpy(&x, &a, 4);
+  return acc + x * load(reinterpret_cast<const float*>(b));
 }
 
-// scores[r][t] = q[r] . k[t] for R rows and all kBlock tokens
-template <class T, int R>
-void dot_tile(const uint32_t* q, int64_t num_dwords, const uint32_t* k, float* scores) {
-  for (int t = 0; t < kBlock; t += kTileVectors * kLanes) {
-    vf acc[R][kTileVectors] = {};
-    for (int64_t d = 0; d < num_dwords; ++d)
-      for (int r = 0; r < R; ++r)
-        for (int i = 0; i < kTileVectors; ++i)
-          acc[r][i] = multiply_add<T>(q[r * num_dwords + d], k + d * kBlock + t + i * kLanes, acc[r][i]);
+template <class T, int R, int N>
+inline void multiply_tile(const Product& p, int64_t row, int64_t column) {
+  const uint32_t *a = p.a + row * p.a_stride, *b = p.b + column;
+  float* c = p.c + row * p.c_stride + column;
+  vf acc[R][N] = {};
+  if (p.rescale)
     for (int r = 0; r < R; ++r)
-      for (int i = 0; i < kTileVectors; ++i) store(scores + r * kBlock + t + i * kLanes, acc[r][i]);
+      for (int i = 0; i < N; ++i) acc[r][i] = load(c + r * p.c_stride + i * kLanes) * p.rescale[row + r];
+  for (int64_t k = 0; k < p.k; ++k)
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < N; ++i)
+        acc[r][i] = multiply_add<T>(a[r * p.a_stride + k], b + k * p.b_stride + i * kLanes, acc[r][i]);
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < N; ++i) store(c + r * p.c_stride + i * kLanes, acc[r][i]);
+}
+
+// Rows from `row` on, R at a time, then fewer.
+template <class T, int R = kTileRows>
+void multiply_rows(const Product& p, int64_t row = 0) {
+  for (; row + R <= p.m; row += R) {
+    int64_t n = 0;
+    for (; n + kTileVectors * kLanes <= p.n; n += kTileVectors * kLanes) multiply_tile<T, R, kTileVectors>(p, row, n);
+    for (; n < p.n; n += kLanes) multiply_tile<T, R, 1>(p, row, n);
+  }
+  if constexpr (R > 1) multiply_rows<T, R - 1>(p, row);
+}
+
+#if defined(LENVM_AMX)
+// The kernel grants tile registers to a process on request.
+bool tiles_granted() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+}
+
+// All tiles 16 rows of 64 bytes, while in scope.
+struct TileScope {
+  const bool active = tiles_granted();
+  TileScope() {
+    if (!active) return;
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
+  ~TileScope() {
+    if (active) _tile_release();
+  }
+};
+
+// 16 rows and 16 or 64 columns of C in tiles 0 to 3
+template <int N>
+inline void multiply_matrix_tile(const Product& p, const uint32_t* a, const uint32_t* b, float* c) {
+  const int64_t stride = p.c_stride * 4;
+  if (p.rescale) {
+    _tile_loadd(0, c, stride);
+    if constexpr (N == 4) {
+      _tile_loadd(1, c + 16, stride);
+      _tile_loadd(2, c + 32, stride);
+      _tile_loadd(3, c + 48, stride);
+    }
+  } else {
+    _tile_zero(0);
+    if constexpr (N == 4) {
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  }
+  for (int64_t k = 0; k < p.k; k += 16) {
+    const uint32_t* rows = b + k * p.b_stride;
+    _tile_loadd(4, a + k, p.a_stride * 4);
+    _tile_loadd(5, rows, p.b_stride * 4);
+    _tile_dpbf16ps(0, 4, 5);
+    if constexpr (N == 4) {
+      _tile_loadd(6, rows + 16, p.b_stride * 4);
+      _tile_dpbf16ps(1, 4, 6);
+      _tile_loadd(7, rows + 32, p.b_stride * 4);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_loadd(5, rows + 48, p.b_stride * 4);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+  }
+  _tile_stored(0, c, stride);
+  if constexpr (N == 4) {
+    _tile_stored(1, c + 16, stride);
+    _tile_stored(2, c + 32, stride);
+    _tile_stored(3, c + 48, stride);
   }
 }
 
-// out[r] = out[r] * rescale[r] + sum_t weights[r][t] * v[t], for R rows and columns [d, d + N * kLanes)
-template <int R, int N>
-inline void accumulate_columns(const float* weights, int num_tokens, const float* v, int64_t v_pad, int64_t d,
-                               const float* rescale, float* out) {
-  vf acc[R][N];
-  for (int r = 0; r < R; ++r)
-    for (int i = 0; i < N; ++i) acc[r][i] = load(out + r * v_pad + d + i * kLanes) * rescale[r];
-  for (int t = 0; t < num_tokens; ++t)
-    for (int r = 0; r < R; ++r)
-      for (int i = 0; i < N; ++i) acc[r][i] += weights[r * kBlock + t] * load(v + t * v_pad + d + i * kLanes);
-  for (int r = 0; r < R; ++r)
-    for (int i = 0; i < N; ++i) store(out + r * v_pad + d + i * kLanes, acc[r][i]);
+// Reads and writes rows up to a multiple of 16.
+void multiply_matrix(const Product& p) {
+  for (int64_t row = 0; row < p.m; row += 16) {
+    const uint32_t* a = p.a + row * p.a_stride;
+    float* c = p.c + row * p.c_stride;
+    if (p.rescale)
+      for (int64_t r = 0; r < std::min<int64_t>(16, p.m - row); ++r)
+        for (int64_t n = 0; n < p.n; n += kLanes)
+          store(c + r * p.c_stride + n, load(c + r * p.c_stride + n) * p.rescale[row + r]);
+    int64_t n = 0;
+    for (; n + 64 <= p.n; n += 64) multiply_matrix_tile<4>(p, a, p.b + n, c + n);
+    for (; n < p.n; n += 16) multiply_matrix_tile<1>(p, a, p.b + n, c + n);
+  }
 }
+#else
+struct TileScope {
+  static constexpr bool active = false;
+  ~TileScope() {}
+};
+#endif
 
-template <int R>
-void accumulate_tile(const float* weights, int num_tokens, const float* v, int64_t v_pad, const float* rescale,
-                     float* out) {
-  int64_t d = 0;
-  for (; d + kTileVectors * kLanes <= v_pad; d += kTileVectors * kLanes)
-    accumulate_columns<R, kTileVectors>(weights, num_tokens, v, v_pad, d, rescale, out);
-  for (; d < v_pad; d += kLanes) accumulate_columns<R, 1>(weights, num_tokens, v, v_pad, d, rescale, out);
-}
-
-// Calls f with std::integral_constant<int, R> for tiles of at most kTileRows rows.
-template <int R = kTileRows, class F>
-inline void for_tiles(int64_t row, int64_t num_rows, F f) {
-  for (; row + R <= num_rows; row += R) f(row, std::integral_constant<int, R>());
-  if constexpr (R > 1) for_tiles<R - 1>(row, num_rows, f);
+template <class T>
+inline void multiply(const Product& p, [[maybe_unused]] const TileScope& tiles) {
+#if defined(LENVM_AMX)
+  if (kPairs<T> && p.m >= kMatrixRows && tiles.active) return multiply_matrix(p);
+#endif
+  multiply_rows<T>(p);
 }
 
 // ---- one work item ---------------------------------------------------------------------------------------
 
-struct Rows {  // the state of the online softmax of one KV head
-  std::vector<uint32_t> q;
-  std::vector<float> max, sum, out;
+struct Rows {  // the queries and the state of the online softmax of one KV head; padded to 16 rows
+  Buffer<uint32_t> q;
+  Buffer<float> max, sum, out;
 
-  void reset(int64_t num_rows, int64_t num_dwords, int64_t v_pad) {
-    q.resize(num_rows * num_dwords);
+  void reset(int64_t num_rows, int64_t q_width, int64_t v_pad) {
+    q.resize(round_up(num_rows, 16) * q_width);
     max.assign(num_rows, kMasked);
     sum.assign(num_rows, 0.0f);
-    out.assign(num_rows * v_pad, 0.0f);
+    out.assign(round_up(num_rows, 16) * v_pad, 0.0f);
   }
 };
 
 struct Scratch {  // reused by one thread
   std::vector<Rows> heads;
-  std::vector<uint32_t> k;
-  std::vector<float> k_wide, v, scores, rescale;
+  Buffer<uint32_t> k, k_widened, v;
   std::vector<int64_t> first, last;  // keys each row sees, [first, last)
 };
 
+#if defined(__AVX512BF16__)
+inline void store_weights(vf weights, int t, bf16* out) {
+  __m256bh narrow = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(weights));
+  std::memcpy(out + t, &narrow, sizeof(narrow));
+}
+#endif
+inline void store_weights(vf weights, int t, float* out) { store(out + t, weights); }
+
 // scores -> weights 2^(score - max) of one row, updating max and sum; returns what old results are scaled by
-inline float soften_row(const Problem& p, float* scores, int64_t first, int64_t last, float& max, float& sum) {
-  const bool partial = first > 0 || last < kBlock;
+template <class W>
+inline float soften_row(const Problem& p, float* scores, int width, int64_t first, int64_t last, W* weights,
+                        float& max, float& sum) {
+  if (first >= last) {  // the row sees none of these keys
+    std::fill_n(weights, width, W{});
+    return 1.0f;
+  }
+  const bool capped = p.logit_cap > 0, partial = first > 0 || last < width;
+  const float factor = (capped ? p.logit_cap : p.scale) * kLog2e;
   vf best = splat(kMasked);
   vi lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  for (int t = 0; t < kBlock; t += kLanes) {
-    vf s = load(scores + t) * p.scale;
-    if (p.logit_cap > 0) s = tanh_vector(s / p.logit_cap) * p.logit_cap;
-    s *= kLog2e;
+  for (int t = 0; t < width; t += kLanes) {
+    vf s = load(scores + t);
+    if (capped) s = tanh_vector(s * (p.scale / p.logit_cap));
     if (partial) {
       vi index = lane + t;
       s = (index >= static_cast<int32_t>(first)) & (index < static_cast<int32_t>(last)) ? s : splat(kMasked);
     }
-    store(scores + t, s);
+    if (capped || partial) store(scores + t, s);
     best = s > best ? s : best;
   }
-  float new_max = std::max(max, reduce_max(best));
+  const float new_max = std::max(max, reduce_max(best) * factor);
   vf total = {};
-  for (int t = 0; t < kBlock; t += kLanes) {
-    vf s = load(scores + t);
-    vf weight = s <= kMasked ? splat(0.0f) : exp2_vector(s - new_max);
-    store(scores + t, weight);
+  for (int t = 0; t < width; t += kLanes) {
+    vf weight = exp2_vector<W>(load(scores + t) * factor - new_max);
+    store_weights(weight, t, weights);
     total += weight;
   }
-  vf shrink = exp2_vector(splat(max - new_max));
+  const float rescale = exp2_vector(splat(max - new_max))[0];
   max = new_max;
-  sum = sum * shrink[0] + reduce_sum(total);
-  return shrink[0];
+  sum = sum * rescale + reduce_sum(total);
+  return rescale;
 }
 
 template <class T>
 void begin_rows(const Problem& p, const Item& item, Scratch& s) {
-  const int64_t group = p.group(), num_dwords = DotFormat<T>::num_dwords(p.qk_dim);
+  const int64_t group = p.group(), q_width = round_up(num_elements<T>(p.qk_dim), kPad);
   const int64_t num_rows = (item.q_end - item.q_begin) * group;
-  if (static_cast<int64_t>(s.heads.size()) < item.head_end - item.head_begin)
-    s.heads.resize(item.head_end - item.head_begin);
+  s.heads.resize(std::max<size_t>(s.heads.size(), item.head_end - item.head_begin));
   for (int64_t head = item.head_begin; head < item.head_end; ++head) {
     Rows& rows = s.heads[head - item.head_begin];
-    rows.reset(num_rows, num_dwords, p.v_pad());
+    rows.reset(num_rows, q_width, p.v_pad());
     for (int64_t r = 0; r < num_rows; ++r) {
       int64_t token = p.q_starts[item.req] + item.q_begin + r / group;
       const T* q = static_cast<const T*>(p.q) + token * p.q_stride + (head * group + r % group) * p.qk_dim;
-      pack_query(q, p.qk_dim, rows.q.data() + r * num_dwords);
+      pack_query(q, p.qk_dim, q_width, rows.q.data() + r * q_width);
     }
   }
   s.first.resize(num_rows);
@@ -367,48 +528,59 @@ void begin_rows(const Problem& p, const Item& item, Scratch& s) {
     s.first[r] = p.first_key(position);
     s.last[r] = p.last_key(item.req, position);
   }
-  s.k.resize(num_dwords * kBlock);
-  s.k_wide.resize(kBlock * p.qk_dim);
+  s.k.resize(q_width * kBlock);
+  s.k_widened.resize(kBlock * p.qk_dim);
   s.v.resize(kBlock * p.v_pad());
-  s.scores.resize(num_rows * kBlock);
-  s.rescale.resize(num_rows);
 }
 
 inline void prefetch_row(const void* row, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(static_cast<const char*>(row) + b);
 }
 
-// One block of keys [begin, begin + num_tokens) for one KV head.
+// Rows [row, row + num_rows) of the queries against the packed block of keys and values.
+template <class T>
+inline void attend_strip(const Problem& p, int64_t begin, int num_tokens, int64_t row, int64_t num_rows, Rows& rows,
+                         Scratch& s, const TileScope& tiles) {
+  using W = std::conditional_t<kPairs<T>, bf16, float>;
+  const int64_t v_pad = p.v_pad(), q_width = round_up(num_elements<T>(p.qk_dim), kPad);
+  const int width = static_cast<int>(round_up(num_tokens, kStep));
+  alignas(64) float scores[kStripRows * kBlock], rescale[kStripRows];
+  alignas(64) W weights[kStripRows * kBlock];
+  multiply<T>({rows.q.data() + row * q_width, s.k.data(), scores, nullptr, num_rows, width, q_width, q_width, kBlock,
+               kBlock},
+              tiles);
+  for (int64_t r = 0; r < num_rows; ++r) {
+    int64_t last = std::min<int64_t>(s.last[row + r] - begin, num_tokens);
+    rescale[r] = soften_row(p, scores + r * kBlock, width, s.first[row + r] - begin, last, weights + r * kBlock,
+                            rows.max[row + r], rows.sum[row + r]);
+  }
+  multiply<T>({reinterpret_cast<const uint32_t*>(weights), s.v.data(), rows.out.data() + row * v_pad, rescale, num_rows,
+               v_pad, num_elements<T>(width), num_elements<T>(kBlock), v_pad, v_pad},
+              tiles);
+}
+
+// Keys [begin, begin + num_tokens) for one KV head; the `num_ahead` keys after the block are prefetched.
 template <class T>
 void attend_block(const Problem& p, const int32_t* slots, int64_t begin, int num_tokens, int num_ahead, int64_t head,
-                  Rows& rows, Scratch& s) {
-  const int64_t num_dwords = DotFormat<T>::num_dwords(p.qk_dim), v_pad = p.v_pad();
+                  Rows& rows, Scratch& s, const TileScope& tiles) {
+  const int64_t num_rows = static_cast<int64_t>(rows.max.size());
   const T* k = static_cast<const T*>(p.k) + head * p.qk_dim;
   const T* v = static_cast<const T*>(p.v) + head * p.v_dim;
-  const T* k_rows[kBlock];
-  for (int t = 0; t < kBlock; ++t) {  // beyond the end: the last token again, its weight is zero
-    k_rows[t] = k + slots[begin + std::min(t, num_tokens - 1)] * p.k_stride;
-    if (t < num_ahead) {
-      prefetch_row(k + slots[begin + kBlock + t] * p.k_stride, p.qk_dim * sizeof(T));
-      prefetch_row(v + slots[begin + kBlock + t] * p.v_stride, p.v_dim * sizeof(T));
-    }
+  const T *k_rows[kBlock], *v_rows[kBlock];
+  const int width = static_cast<int>(round_up(num_tokens, kStep));
+  for (int t = 0; t < width; ++t) {  // beyond the end: the last token again, its weight is zero
+    int64_t slot = slots[begin + std::min(t, num_tokens - 1)];
+    k_rows[t] = k + slot * p.k_stride;
+    v_rows[t] = v + slot * p.v_stride;
   }
-  pack_keys(k_rows, p.qk_dim, s.k_wide.data(), s.k.data());
-  for (int t = 0; t < num_tokens; ++t)
-    widen_row(v + slots[begin + t] * p.v_stride, p.v_dim, v_pad, s.v.data() + t * v_pad);
-
-  const int64_t num_rows = static_cast<int64_t>(rows.max.size());
-  for_tiles(0, num_rows, [&](int64_t r, auto size) {
-    dot_tile<T, size>(rows.q.data() + r * num_dwords, num_dwords, s.k.data(), s.scores.data() + r * kBlock);
-  });
-  for (int64_t r = 0; r < num_rows; ++r) {
-    int64_t last = std::min<int64_t>(s.last[r] - begin, num_tokens);
-    s.rescale[r] = soften_row(p, s.scores.data() + r * kBlock, s.first[r] - begin, last, rows.max[r], rows.sum[r]);
+  for (int t = 0; t < num_ahead; ++t) {
+    prefetch_row(k + slots[begin + kBlock + t] * p.k_stride, p.qk_dim * sizeof(T));
+    prefetch_row(v + slots[begin + kBlock + t] * p.v_stride, p.v_dim * sizeof(T));
   }
-  for_tiles(0, num_rows, [&](int64_t r, auto size) {
-    accumulate_tile<size>(s.scores.data() + r * kBlock, num_tokens, s.v.data(), v_pad, s.rescale.data() + r,
-                          rows.out.data() + r * v_pad);
-  });
+  pack_keys(k_rows, width, p.qk_dim, s.k_widened.data(), s.k.data());
+  pack_values(v_rows, width, p.v_dim, p.v_pad(), s.v.data());
+  for (int64_t row = 0; row < num_rows; row += kStripRows)
+    attend_strip<T>(p, begin, num_tokens, row, std::min(kStripRows, num_rows - row), rows, s, tiles);
 }
 
 template <class T>
@@ -438,14 +610,15 @@ void finish_rows(const Problem& p, const Item& item, const Scratch& s, Partials&
 }
 
 template <class T>
-void run_item(const Problem& p, const Item& item, Scratch& s, Partials& partials) {
+void run_item(const Problem& p, const Item& item, Scratch& s, Partials& partials, const TileScope& tiles) {
   const int32_t* slots = p.req_to_token + p.req_pool_indices[item.req] * p.req_stride;
   begin_rows<T>(p, item, s);
   for (int64_t begin = item.kv_begin; begin < item.kv_end; begin += kBlock) {
     int num_tokens = static_cast<int>(std::min<int64_t>(kBlock, item.kv_end - begin));
     int num_ahead = static_cast<int>(std::clamp<int64_t>(item.kv_end - begin - kBlock, 0, kBlock));
     for (int64_t head = item.head_begin; head < item.head_end; ++head)
-      attend_block<T>(p, slots, begin, num_tokens, num_ahead, head, s.heads[head - item.head_begin], s);
+      attend_block<T>(p, slots, begin, num_tokens, num_ahead, head, s.heads[head - item.head_begin], s,
+                      tiles);
   }
   finish_rows<T>(p, item, s, partials);
 }
@@ -532,8 +705,9 @@ void run(const Problem& p, int num_threads) {
 #pragma omp parallel num_threads(num_threads) if (num_items > 1)
   {
     static thread_local Scratch scratch;
+    const TileScope tiles;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < num_items; ++i) run_item<T>(p, plan.items[i], scratch, partials);
+    for (int64_t i = 0; i < num_items; ++i) run_item<T>(p, plan.items[i], scratch, partials, tiles);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < num_merges; ++i) merge_splits<T>(p, plan.merges[i], partials, plan.merge_strides[i]);
   }

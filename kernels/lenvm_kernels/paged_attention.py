@@ -7,7 +7,7 @@ and its ``i``-th of ``n`` new tokens at position ``p = kv_lens[r] - n + i``::
     out    = sum_t softmax(s)[t] * v_buffer[slot(t), head // group]
     over t with t <= p (causal) and t >= p - window (window not None)
 
-Softmax and sums are fp32 whatever the storage type. A request without keys gives zeros. A row's result does not
+Sums are fp32 whatever the storage type; softmax weights may be rounded to it. A request without keys gives zeros. A row's result does not
 depend on the other requests of the batch. Keys of the new tokens must be in the cache already.
 """
 
@@ -46,7 +46,7 @@ def paged_attention(
         req_pool_indices: [num_reqs] int64, rows of req_to_token.
         kv_lens: [num_reqs] int64, keys of each request, its new tokens included.
         q_starts: [num_reqs + 1] int64, first row of each request in q; decode is ``arange(num_reqs + 1)``.
-        scale: factor of q . k.
+        scale: factor of q . k, positive.
         causal: a query sees keys up to its own position; False: all keys of its request.
         window: number of keys before its own position that a query sees; None: all.
         logit_cap: soft cap of the scores; 0: none.
@@ -55,9 +55,11 @@ def paged_attention(
         [num_tokens, num_heads, v_dim], dtype of q, contiguous.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together.
+        ValueError: shapes or dtypes that do not fit together, or a scale that is not positive.
     """
     check_shapes(q, k_buffer, v_buffer, req_to_token, req_pool_indices, kv_lens, q_starts)
+    if scale <= 0:
+        raise ValueError(f"scale must be positive, not {scale}")
     backend = paged_attention_torch.paged_attention
     if paged_attention_cpp.supports(q, k_buffer, v_buffer) and kernel_available():
         backend = paged_attention_cpp.paged_attention

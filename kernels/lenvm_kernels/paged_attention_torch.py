@@ -4,6 +4,7 @@ One query a request (decode) runs as one padded batch; more (extend) run request
 """
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 MAX_QUERIES = 512  # bounds the score matrix
 
@@ -43,21 +44,24 @@ def paged_attention(
                 seen = seen & (keys <= positions[..., None])
             if window is not None:
                 seen = seen & (keys >= positions[..., None] - window)
-            out[tokens] = attend(q[tokens], k, v, seen.expand(-1, offsets.numel(), -1), scale, logit_cap).to(q.dtype)
+            out[tokens] = attend(q[tokens], k, v, seen.expand(-1, offsets.numel(), -1), scale, logit_cap)
     return out
 
 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scale: float, logit_cap: float
 ) -> torch.Tensor:
-    """Dense attention in fp32.
+    """Dense attention with fp32 sums.
 
-    q: [b, Q, H, D]; k, v: [b, L, Hkv, D]; seen: [b, Q, L] bool. Returns [b, Q, H, Dv] fp32; rows seeing nothing are 0.
+    q: [b, Q, H, D]; k, v: [b, L, Hkv, D]; seen: [b, Q, L] bool. Returns [b, Q, H, Dv]; rows seeing nothing are 0.
     """
-    q = q.float().unflatten(2, (k.shape[2], -1))  # [b, Q, Hkv, G, D]
-    scores = torch.einsum("bqhgd,blhd->bhgql", q, k.float()) * scale
-    if logit_cap > 0:
-        scores = logit_cap * torch.tanh(scores / logit_cap)
-    scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
-    weights = scores.softmax(-1).nan_to_num(0.0) if not bool(seen.any(-1).all()) else scores.softmax(-1)
-    return torch.einsum("bhgql,blhd->bqhgd", weights, v.float()).flatten(2, 3)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [b, heads, tokens, D]
+    seen = seen[:, None]  # [b, 1, Q, L]
+    if logit_cap == 0:
+        out = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
+    else:
+        group = q.shape[1] // k.shape[1]
+        scores = q.float() @ k.float().repeat_interleave(group, 1).transpose(2, 3) * scale
+        scores = (logit_cap * torch.tanh(scores / logit_cap)).masked_fill(~seen, float("-inf"))
+        out = (scores.softmax(-1) @ v.float().repeat_interleave(group, 1)).to(q.dtype)
+    return out.masked_fill(~seen.any(-1, keepdim=True), 0.0).transpose(1, 2)

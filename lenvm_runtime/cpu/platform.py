@@ -13,7 +13,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
-from lenvm_runtime.cpu import torchvision_schema
+from lenvm_kernels import torchvision_schema
 
 ATTENTION_BACKEND = "lenvm_cpu"
 

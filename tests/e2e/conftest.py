@@ -45,7 +45,7 @@ def reference_model() -> tuple[Any, Any]:
     """The default model and its tokenizer in plain transformers, bf16 like the engine."""
     import torch
 
-    from lenvm_runtime.cpu import torchvision_schema
+    from lenvm_kernels import torchvision_schema
 
     torchvision_schema.declare_if_missing()
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from lenvm_kernels.checkpoint import load_head
-from lenvm_training.features import capture_layers
 
+from lenvm_kernels.checkpoint import load_head
 from lenvm_runtime.serve import Stack
+from lenvm_training.features import capture_layers
 
 pytestmark = pytest.mark.e2e
 

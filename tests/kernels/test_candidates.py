@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from lenvm_kernels.candidates import TOP_K_ALL, Candidates, release_filters, scatter_candidates, select_candidates
 from scipy import stats
+
+from lenvm_kernels.candidates import TOP_K_ALL, Candidates, release_filters, scatter_candidates, select_candidates
 
 VOCAB = 97
 EOS = torch.tensor([3, 50])

@@ -15,11 +15,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lenvm_kernels.length_control import Mode, PreferenceKernel, Strategy, steer_candidates
 from lenvm_kernels.length_value import bin_lengths, length_from_value, value_from_length
 
 GAMMA = 0.997
-KERNEL = PreferenceKernel(equal_short=15.0, equal_long=25.0, at_least_short=10.0, at_most_long=30.0)
+KERNEL = PreferenceKernel(equal_short=15.0, equal_long=25.0, at_least_short=10.0, at_most_long=30.0, strength=1.5)
 GRID = [(b, c, m) for b in (1, 3, 17) for c in (1, 2, 33) for m in (1, 24)]
 CONTROLS = [(mode, strategy) for mode in Mode for strategy in Strategy]
 
@@ -140,7 +141,7 @@ def expected_row(batch: Batch, i: int) -> list[float]:
         else sum(p * kernel_worth(end + n, mode, target) for p, n in zip(bins[c], lengths, strict=True))
         for c in columns
     ]
-    weights = [given[c] * psi[c] if c in left else 0.0 for c in columns]
+    weights = [given[c] * psi[c] ** KERNEL.strength if c in left else 0.0 for c in columns]
     return [w / sum(weights) for w in weights]
 
 
@@ -289,7 +290,7 @@ class Chain:
             torch.full((rows,), target),
             torch.zeros(rows),
             GAMMA,
-            KERNEL,
+            replace(KERNEL, strength=1.0),
         )
         return steered.double().exp().view_as(self.next_probs)
 
@@ -349,9 +350,10 @@ def test_triton_kernel_equals_the_reference(index: int, interpreted: list[torch.
 
 def test_triton_kernel_compiles_for_a_gpu_without_one() -> None:
     """The interpreter accepts what the compiler refuses: compile to machine code for compute capability 9.0."""
-    from lenvm_kernels.length_control_triton import _steer_row
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
+
+    from lenvm_kernels.length_control_triton import _steer_row
 
     blocks = {"BLOCK_C": 32, "BLOCK_M": 32}
     types = dict.fromkeys(_steer_row.arg_names, "fp32")

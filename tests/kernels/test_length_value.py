@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lenvm_kernels.length_value import (
     MIN_VALUE,
     bellman_step,

@@ -1,7 +1,8 @@
 """`paged_attention`: both backends against an independent dense computation in fp64, over a grid of shapes.
 
-Tolerances: fp32 sums of a few thousand terms of size one lose about 1e-6; a bf16 result is rounded once (relative
-2^-9), and bf16 inputs are exact in fp64. Outputs are means of unit-normal values, so absolute and relative agree.
+The allowed error of an output is a share of sum_t weight[t] |v[t]|, which every rounding scales with. bf16 rounds the
+result and (in the kernel) the weights, each by at most 2^-8; inputs are exact in fp64. fp32 loses 2^-24 an operation,
+and the scores' own rounding, which grows with their size, shifts the weights.
 """
 
 import math
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from lenvm_kernels import paged_attention as contract
 from lenvm_kernels import paged_attention_cpp, paged_attention_torch
 
-TOLERANCE = {torch.float32: dict(atol=5e-6, rtol=1e-5), torch.bfloat16: dict(atol=1e-4, rtol=2**-8)}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 BACKENDS = {"torch": paged_attention_torch.paged_attention, "cpp": paged_attention_cpp.paged_attention}
 HEADS = [(3, 3), (9, 3), (7, 1), (16, 2)]
 MIXED_LENS = [1, 2, 63, 64, 65, 257, 511, 1025]
@@ -41,9 +43,10 @@ def make_batch(kv_lens, num_queries, num_heads, num_kv_heads, qk_dim, dtype, v_d
 def dense_attention(
     q, k_buffer, v_buffer, req_to_token, req_pool_indices, kv_lens, q_starts, *, scale, causal, window, logit_cap
 ):
-    """The contract's formula, one request and head at a time, in fp64."""
+    """The contract's formula, one request and head at a time, in fp64: outputs, and the same with |v|."""
     group = q.shape[1] // k_buffer.shape[1]
     out = torch.empty(q.shape[0], q.shape[1], v_buffer.shape[2], dtype=torch.float64)
+    magnitude = torch.empty_like(out)
     for r, length in enumerate(kv_lens.tolist()):
         slots = req_to_token[req_pool_indices[r], :length].long()
         first, last = q_starts[r : r + 2].tolist()
@@ -58,21 +61,32 @@ def dense_attention(
             if logit_cap:
                 scores = logit_cap * torch.tanh(scores / logit_cap)
             weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
-            out[first:last, head] = weights @ v_buffer[slots, head // group].double()
-    return out
+            values = v_buffer[slots, head // group].double()
+            out[first:last, head] = weights @ values
+            magnitude[first:last, head] = weights @ values.abs()
+    return out, magnitude
 
 
-def check(backend, batch, *, causal=True, window=None, logit_cap=0.0):
+def check(backend, batch, *, tolerance=None, causal=True, window=None, logit_cap=0.0):
     options = dict(scale=batch[0].shape[2] ** -0.5, causal=causal, window=window, logit_cap=logit_cap)
     out = BACKENDS[backend](*batch, **options)
+    expected, magnitude = dense_attention(*batch, **options)
     assert out.dtype == batch[0].dtype
-    torch.testing.assert_close(out.double(), dense_attention(*batch, **options), **TOLERANCE[out.dtype])
+    assert ((out.double() - expected).abs() <= (tolerance or TOLERANCE[out.dtype]) * magnitude).all()
+
+
+@pytest.fixture
+def compiler():
+    try:
+        return paged_attention_cpp.find_compiler()
+    except paged_attention_cpp.KernelUnavailableError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(params=sorted(BACKENDS))
 def backend(request):
-    if request.param == "cpp" and not contract.kernel_available():
-        pytest.skip("no C++ compiler")
+    if request.param == "cpp":
+        request.getfixturevalue("compiler")
     return request.param
 
 
@@ -128,7 +142,7 @@ def test_strided_queries(backend, dtype):
 
 def test_large_scores_do_not_overflow(backend):
     q, *rest = make_batch([300, 300], [1, 100], 4, 2, 64, torch.float32)
-    check(backend, (q * 30, *rest))
+    check(backend, (q * 30, *rest), tolerance=1e-3)  # scores of up to 150, so rounded by up to 1e-5
 
 
 def test_request_without_keys_gives_zeros(backend, dtype):
@@ -146,9 +160,7 @@ def test_nan_is_not_hidden(backend, dtype):
 
 
 @pytest.mark.parametrize("num_queries", [[1] * 5, [1, 20, 64, 100, 1]], ids=str)
-def test_result_does_not_depend_on_neighbours_or_threads(dtype, num_queries):
-    if not contract.kernel_available():
-        pytest.skip("no C++ compiler")
+def test_result_does_not_depend_on_neighbours_or_threads(compiler, dtype, num_queries):
     q, k, v, req_to_token, rows, kv_lens, q_starts = make_batch([2, 300, 64, 1000, 777], num_queries, 9, 3, 64, dtype)
     together = paged_attention_cpp.paged_attention(q, k, v, req_to_token, rows, kv_lens, q_starts, scale=0.125)
     threads = torch.get_num_threads()
@@ -194,14 +206,14 @@ def test_missing_compiler_is_logged_and_torch_runs(monkeypatch, caplog):
     assert [record.message.count("no-such-compiler") for record in caplog.records] == [1]
 
 
-def test_failed_build_says_why(monkeypatch, tmp_path):
+def test_failed_build_says_why(compiler, monkeypatch, tmp_path):
     source = tmp_path / "broken.cpp"
     source.write_text("this is not C++")
     monkeypatch.setattr(paged_attention_cpp, "SOURCE", source)
     monkeypatch.setenv("LENVM_CACHE_DIR", str(tmp_path))
     paged_attention_cpp.load.cache_clear()
     try:
-        with pytest.raises(paged_attention_cpp.KernelUnavailableError, match=r"no C\+\+ compiler|broken\.cpp"):
+        with pytest.raises(paged_attention_cpp.KernelUnavailableError, match=r"broken\.cpp"):
             paged_attention_cpp.load()
     finally:
         paged_attention_cpp.load.cache_clear()

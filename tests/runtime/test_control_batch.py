@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import torch
+
 from lenvm_runtime.control_batch import ControlBatch, merge
 from lenvm_runtime.length_control import LengthControl
 

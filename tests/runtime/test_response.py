@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
+
 from lenvm_runtime.length_control import LengthControl, build_custom_params
 from lenvm_runtime.response import ResponseBuilder
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from lenvm_runtime import default_model
 from lenvm_runtime.cli import main
 from lenvm_runtime.launch_engine import engine_arguments
@@ -82,7 +83,11 @@ def test_a_changed_model_file_is_refused(tmp_path: Path) -> None:
 def test_a_failing_plugin_ends_the_engine_with_a_clear_message() -> None:
     command = [sys.executable, "-m", "lenvm_runtime.launch_engine", "--model-path", "x"]
     result = subprocess.run(
-        command, env={"LENVM_HEAD": "/no/such/head", "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=120
+        command,
+        env={"LENVM_HEAD": "/no/such/head", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert result.returncode != 0
     assert "lenvm: the SGLang plugin cannot start" in result.stderr

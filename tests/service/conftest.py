@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
+
 from fake_engine import FakeEngine
 from gateway_client import GatewayClient
 

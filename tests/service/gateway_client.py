@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import orjson
+
 from fake_engine import MODEL, FakeEngine
 from lenvm_service.app import build_app
 from lenvm_service.config import GatewayConfig

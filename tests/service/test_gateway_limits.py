@@ -7,6 +7,7 @@ import asyncio
 import httpx
 import orjson
 import pytest
+
 from fake_engine import MODEL, FakeEngine, chunk, json_response
 from gateway_client import Exchange, GatewayClient, chat_body
 

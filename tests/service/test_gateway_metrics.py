@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+
 from fake_engine import DONE, PREDICTION, answer_events, chunk, completion, json_response, usage
 from gateway_client import GatewayClient
 

@@ -12,6 +12,7 @@ import urllib.request
 from dataclasses import fields
 
 import pytest
+
 from lenvm_service.config import ConfigError, GatewayConfig, read_config
 
 

@@ -10,6 +10,7 @@ import openai
 import orjson
 import pytest
 import uvicorn
+
 from fake_engine import DONE, ERROR_EVENT, MODEL, PREDICTION, FakeEngine, answer_events, chunk, completion, usage
 from lenvm_service.app import build_app
 from lenvm_service.config import GatewayConfig

@@ -7,6 +7,7 @@ import asyncio
 import httpx
 import orjson
 import pytest
+
 from fake_engine import DONE, ERROR_EVENT, MODEL, FakeEngine, answer_events, chunk, json_response, usage
 from gateway_client import Exchange, GatewayClient
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-from fake_engine import MODEL, FakeEngine, completion, json_response
-from gateway_client import GatewayClient, chat_body
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fake_engine import MODEL, FakeEngine, completion, json_response
+from gateway_client import GatewayClient, chat_body
+from lenvm_runtime.length_control import LengthControl, build_custom_params
 from lenvm_service.engine import explain_refusal
 from lenvm_service.errors import GatewayError, InvalidRequest
 from lenvm_service.fields import CHAT, COMPLETION, PREDICTION, REFUSED, check_fields
-
-from lenvm_runtime.length_control import LengthControl, build_custom_params
 
 TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object"}}}

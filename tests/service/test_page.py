@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
+
 from fake_engine import DONE, ERROR_EVENT, FakeEngine, chunk, json_response, usage
 from lenvm_service.app import build_app
 from lenvm_service.config import GatewayConfig

@@ -19,6 +19,7 @@ import zlib
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lenvm_kernels import torchvision_schema
 from lenvm_training.prompts import Prompt, PromptFileError, prompts_from_file, read_prompts, template_prompts
 from lenvm_training.rollouts import EngineError, Sampling, read_rollouts, sample_rollouts
 
@@ -31,6 +32,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> int:
     """Run a step; returns the exit status."""
     parsed = _build_parser().parse_args(arguments)
+    torchvision_schema.declare_if_missing()
     try:
         parsed.run(parsed)
     except (PromptFileError, OSError, ValueError) as error:
@@ -119,10 +121,10 @@ async def _sample(prompts: list[Prompt], tokenizer: Any, sampling: Sampling, par
 
 def _train(parsed: argparse.Namespace) -> None:
     import torch
-    from lenvm_kernels.checkpoint import save_head
-    from lenvm_kernels.heads import HeadConfig
     from transformers import AutoModelForCausalLM
 
+    from lenvm_kernels.checkpoint import save_head
+    from lenvm_kernels.heads import HeadConfig
     from lenvm_training.evaluation import evaluate_head
     from lenvm_training.features import extract_states
     from lenvm_training.model_card import write_model_card

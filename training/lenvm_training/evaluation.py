@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lenvm_kernels.checkpoint import Head
-from lenvm_kernels.length_distribution import expected_length, quantile_length
-from lenvm_kernels.length_value import length_from_value, value_from_length
 from scipy.stats import kendalltau
 from torch import Tensor
 
+from lenvm_kernels.checkpoint import Head
+from lenvm_kernels.length_distribution import expected_length, quantile_length
+from lenvm_kernels.length_value import length_from_value, value_from_length
 from lenvm_training.features import StateTable
 from lenvm_training.trainer import features_of
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from lenvm_kernels.heads import HeadConfig
-
 from lenvm_training.rollouts import FINISHED
 from lenvm_training.trainer import TrainSettings
 

@@ -47,6 +47,7 @@ async def sample_rollouts(
     concurrency: int = 64,
     seed: int = 0,
     stop: asyncio.Event | None = None,
+    transport: httpx.AsyncBaseTransport | None = None,
 ) -> int:
     """Append the missing completions to ``path``, in shuffled order; return how many were added.
 
@@ -61,7 +62,7 @@ async def sample_rollouts(
     added = 0
     path.parent.mkdir(parents=True, exist_ok=True)
     limits = httpx.Limits(max_connections=concurrency)
-    async with httpx.AsyncClient(base_url=engine_url, timeout=None, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=engine_url, timeout=None, limits=limits, transport=transport) as client:
         with path.open("a", encoding="utf-8") as stream, tqdm(total=len(jobs), initial=len(done)) as progress:
 
             async def work() -> None:

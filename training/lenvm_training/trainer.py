@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from lenvm_kernels.checkpoint import Head
-from lenvm_kernels.heads import CandidateHead, HeadConfig, ValueHead, join_features
-from lenvm_kernels.length_value import bin_edges, bin_index, value_from_length
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lenvm_kernels.checkpoint import Head
+from lenvm_kernels.heads import CandidateHead, HeadConfig, ValueHead, join_features
+from lenvm_kernels.length_value import bin_edges, bin_index, value_from_length
 from lenvm_training.features import StateTable
 
 

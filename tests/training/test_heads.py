@@ -1,0 +1,167 @@
+"""From states to a head folder on a tiny model: states are transformers' own, training learns, figures are right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lenvm_kernels import torchvision_schema
+from lenvm_kernels.checkpoint import CheckpointError, Head, load_head, save_head
+from lenvm_kernels.heads import CandidateHead, HeadConfig, ValueHead, join_features
+from lenvm_kernels.length_distribution import expected_length, quantile_length
+from lenvm_kernels.length_value import bin_edges, bin_index, bin_lengths
+
+torchvision_schema.declare_if_missing()
+
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from lenvm_training.evaluation import evaluate_head  # noqa: E402
+from lenvm_training.features import extract_states  # noqa: E402
+from lenvm_training.model_card import write_model_card  # noqa: E402
+from lenvm_training.trainer import TrainSettings, length_nll, train_head  # noqa: E402
+
+LAYERS = (0,)
+CONFIG = HeadConfig("tiny", 32, 50, 0.97, 12, 128, 16, LAYERS, (2,))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def rollouts(num_prompts: int, seed: int) -> list[dict[str, Any]]:
+    """The tokens tell the kind of length: a head can learn it."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for prompt in range(num_prompts):
+        kind = prompt % 4
+        for sample in range(5):
+            length = (3, 8, 20, 50)[kind] + int(torch.randint(0, 3, (1,), generator=generator))
+            output = torch.randint(5 + 10 * kind, 15 + 10 * kind, (length,), generator=generator).tolist()
+            rows.append(
+                {
+                    "prompt_id": f"{seed}-{prompt}",
+                    "domain": "math",
+                    "sample": sample,
+                    "prompt_token_ids": [5 + kind, 9, 10 + kind, 4],
+                    "output_token_ids": output,
+                    "finish_reason": "length" if kind == 3 and sample == 0 else "stop",
+                    "sampling": {"temperature": 1.0},
+                }
+            )
+    return rows
+
+
+def test_states_are_those_of_a_plain_forward(model: Any, tmp_path: Path) -> None:
+    rows = rollouts(8, 1)
+    states = extract_states(model, rows, LAYERS, 6, tmp_path)
+    assert torch.equal(states.censored, torch.tensor([rows[i]["finish_reason"] == "length" for i in states.rollout]))
+    for state in range(0, len(states.position), 17):
+        row = rows[int(states.rollout[state])]
+        position, prompt_len = int(states.position[state]), len(row["prompt_token_ids"])
+        prefix = torch.tensor([row["prompt_token_ids"] + row["output_token_ids"][:position]])
+        with torch.inference_mode():
+            plain = model.model(prefix, output_hidden_states=True)
+        torch.testing.assert_close(states.final[state], plain.last_hidden_state[0, -1], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(states.layers[state, 0], plain.hidden_states[1][0, -1], atol=1e-5, rtol=1e-4)
+        assert states.next_token[state] == row["output_token_ids"][position]
+        assert states.remaining[state] == len(row["output_token_ids"]) - position
+        assert prefix.shape[1] == prompt_len + position
+
+
+def test_states_are_reused_from_their_shards(model: Any, tmp_path: Path) -> None:
+    rows = rollouts(4, 1)
+    first = extract_states(model, rows, LAYERS, 6, tmp_path)
+    again = extract_states(None, rows, LAYERS, 6, tmp_path)
+    assert torch.equal(first.final, again.final)
+
+
+def test_training_learns_and_the_folder_round_trips(model: Any, tmp_path: Path) -> None:
+    train_rows, held_rows = rollouts(40, 2), rollouts(12, 3)
+    train = extract_states(model, train_rows, LAYERS, 16, tmp_path / "train")
+    held = extract_states(model, held_rows, LAYERS, 16, tmp_path / "held")
+    settings = TrainSettings(epochs=30, batch_size=256, learning_rate=5e-3, warmup_steps=5)
+    embeddings = model.get_input_embeddings().weight.detach()
+    head = train_head(CONFIG, train, held, LAYERS, embeddings, settings)
+    figures = evaluate_head(head, train, held, LAYERS, held_rows)
+    assert figures["value_mse_over_constant"] < 0.5
+    assert figures["boundary_tau"] > 0.7
+    assert 0 <= figures["interval_coverage"] <= 1
+    folder = tmp_path / "head"
+    save_head(head, folder)
+    write_model_card(folder, CONFIG, settings, train_rows, held_rows, figures)
+    assert json.loads((folder / "figures.json").read_text()) == figures
+    loaded = load_head(folder)
+    assert loaded.config == CONFIG
+    features = torch.randn(3, CONFIG.num_features)
+    assert torch.equal(loaded.value_head(features[:, :32]), head.value_head(features[:, :32]))
+    assert torch.equal(loaded.candidate_head.state_logprobs(features), head.candidate_head.state_logprobs(features))
+
+
+def test_the_value_head_is_in_the_published_format(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    save_head(Head(CONFIG, ValueHead(32), CandidateHead(CONFIG)), tmp_path)
+    tensors = load_file(tmp_path / "value_head.safetensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert shapes == {
+        "v_head.fc.weight": (32, 32),
+        "v_head.fc.bias": (32,),
+        "v_head.summary.weight": (1, 32),
+        "v_head.summary.bias": (1,),
+    }
+    hidden = torch.randn(4, 32)
+    fc = torch.nn.functional.silu(hidden @ tensors["v_head.fc.weight"].T + tensors["v_head.fc.bias"])
+    raw = fc @ tensors["v_head.summary.weight"].T + tensors["v_head.summary.bias"]
+    torch.testing.assert_close(load_head(tmp_path).value_head(hidden), -torch.sigmoid(raw).squeeze(-1))
+
+
+def test_an_unusable_folder_says_which_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="lenvm_config"):
+        load_head(tmp_path)
+    save_head(Head(CONFIG, ValueHead(32), CandidateHead(CONFIG)), tmp_path)
+    (tmp_path / "candidate_head.safetensors").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match="candidate_head"):
+        load_head(tmp_path)
+
+
+def test_censored_completions_count_as_at_least_this_long() -> None:
+    edges = bin_edges(6, 64)
+    logprobs = torch.log_softmax(torch.randn(2, 6, generator=torch.Generator().manual_seed(0)), dim=-1)
+    remaining = torch.tensor([10, 10])
+    nll = length_nll(logprobs, remaining, torch.tensor([False, True]), edges)
+    index = int(bin_index(remaining, edges)[0])
+    assert nll[0] == pytest.approx(-logprobs[0, index].item())
+    assert nll[1] == pytest.approx(-logprobs[1, index:].exp().sum().log().item(), rel=1e-5)
+
+
+def test_mean_and_quantiles_of_a_distribution() -> None:
+    lengths = bin_lengths(24, 1024)
+    point = torch.full((24,), -torch.inf)
+    point[9] = 0.0
+    assert expected_length(point, lengths) == lengths[9]
+    uniform = torch.full((24,), 1 / 24).log()
+    quantiles = torch.stack([quantile_length(uniform, lengths, level) for level in (0.1, 0.5, 0.9)])
+    assert (quantiles.diff() > 0).all()
+    samples = torch.distributions.Categorical(logits=uniform).sample((20_000,))
+    below = (lengths[samples] <= quantiles[1]).float().mean()
+    assert 0.4 < below < 0.6
+
+
+def test_middle_layers_are_scaled_to_unit_root_mean_square() -> None:
+    features = join_features(torch.zeros(3, 4), [100 * torch.randn(3, 4)])
+    assert features.shape == (3, 8)
+    torch.testing.assert_close(features[:, 4:].square().mean(-1), torch.ones(3), atol=1e-3, rtol=1e-3)
