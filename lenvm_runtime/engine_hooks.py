@@ -52,9 +52,7 @@ class DeviceRows:
     def start_copy(self) -> None:
         """Begin an asynchronous copy to pinned host memory; the caller's event says when it is complete."""
         if self._tensor.is_cuda:
-            host = torch.empty(self._tensor.shape, dtype=self._tensor.dtype, pin_memory=True)
-            host.copy_(self._tensor, non_blocking=True)
-            self._tensor = host
+            self._tensor = compat.copy_to_host(self._tensor)
 
 
 def register(head_folder: Path) -> None:
@@ -100,7 +98,7 @@ def _run_value_head(
     **__: Any,
 ) -> None:
     runner: HeadRunner | None = getattr(processor, _RUNNER, None)
-    if runner is None or result.next_token_logits is None:
+    if runner is None or result.next_token_logits is None or metadata.is_prefill_only:
         return
     sampled = compat.sampled_rows(metadata)
     features = runner.features(hidden_states, sampled)

@@ -20,7 +20,12 @@ def engine_arguments(arguments: list[str], on_cpu: bool) -> list[str]:
     """SGLang's argument list: the caller's, with our defaults for what it leaves open."""
     defaults: dict[str, list[str]] = {"--incremental-streaming-output": []}
     if on_cpu:
-        defaults |= {"--device": ["cpu"], "--attention-backend": [CPU_ATTENTION_BACKEND], "--disable-cuda-graph": []}
+        defaults |= {
+            "--device": ["cpu"],
+            "--attention-backend": [CPU_ATTENTION_BACKEND],
+            "--grammar-backend": ["llguidance"],  # xgrammar pins host memory, which needs an accelerator
+            "--disable-cuda-graph": [],
+        }
     given = {argument.split("=", 1)[0] for argument in arguments}
     added = [part for flag, values in defaults.items() if flag not in given for part in (flag, *values)]
     return [*arguments, *added]

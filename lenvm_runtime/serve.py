@@ -28,7 +28,7 @@ SHIPPED_HEAD = Path(__file__).parent / "heads" / default_model.MODEL_NAME
 DEFAULT_MODEL_ARGUMENTS = {
     "--served-model-name": default_model.MODEL_NAME,
     "--dtype": "bfloat16",
-    "--tool-call-parser": "qwen25",
+    "--tool-call-parser": "pythonic",
 }
 CPU_ARGUMENTS = {"--max-total-tokens": "65536", "--max-running-requests": "64"}
 NO_HEAD = Path("none")
@@ -122,7 +122,8 @@ def running_engine(config: ServeConfig) -> Iterator[tuple[subprocess.Popen[bytes
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "lenvm_runtime.launch_engine", *_engine_command(config, model, port)]
     _say(f"starting the engine (log: {log})")
-    engine = _spawn(command, {"LENVM_HEAD": str(head) if head else ""}, log)
+    environment = {"LENVM_HEAD": str(head) if head else "", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS": "0"}
+    engine = _spawn(command, environment, log)
     try:
         _wait_until_ready("engine", engine, f"{url}/health", log)
         yield engine, url

@@ -40,7 +40,7 @@ constexpr int kLanes = 4, kTileVectors = 2, kTileRows = 4;
 constexpr int kBlock = 64;           // tokens of K and V handled at once
 constexpr int kStep = 32;            // a last block is rounded up to this many tokens
 constexpr int64_t kSplit = 256;      // keys of one split
-constexpr int64_t kTargetRows = 128; // query rows (queries x heads of a group) of one item
+constexpr int64_t kTargetRows = 192; // query rows (queries x heads of a group) of one item
 constexpr int64_t kPad = 16;         // rows of Q, K and V are padded to this many 32-bit elements
 constexpr int64_t kStripRows = 16;   // of these, the scores of so many are computed at once
 constexpr int64_t kMatrixRows = 8;   // from this many rows on, AMX is used

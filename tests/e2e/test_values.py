@@ -75,7 +75,7 @@ async def test_values_equal_an_offline_forward(
 async def test_each_chunk_carries_the_values_of_its_tokens(stack: Stack, async_client: Any, model_name: str) -> None:
     stream = await async_client.chat.completions.create(
         model=model_name,
-        messages=[{"role": "user", "content": "Name three colours."}],
+        messages=[{"role": "user", "content": "What is the capital of France?"}],
         temperature=0,
         max_completion_tokens=60,
         stream=True,
