@@ -83,13 +83,13 @@ def check_hooks_applied() -> None:
         raise IncompatibleEngineError(f"SGLang did not apply the hooks on {', '.join(missing)}")
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
+def decoder_layers(model: Any) -> nn.ModuleList:
     """The decoder layers of a causal language model of SGLang, each returning (hidden_states, residual)."""
     layers: nn.ModuleList = model.model.layers
     return layers
 
 
-def input_embeddings(model: nn.Module) -> Tensor:
+def input_embeddings(model: Any) -> Tensor:
     """This rank's rows of the input embeddings: [vocab / tp, hidden_size]."""
     weight: Tensor = model.model.embed_tokens.weight
     return weight

@@ -71,11 +71,8 @@ class ModelSourceError(RuntimeError):
 
 
 def cache_dir() -> Path:
-    """The user's cache for this project (``LENVM_CACHE`` or the XDG cache folder)."""
-    base = os.environ.get("LENVM_CACHE")
-    if base:
-        return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lenvm"
+    """The user's cache for this project: ``LENVM_CACHE_DIR``, by default ``~/.cache/lenvm``."""
+    return Path(os.environ.get("LENVM_CACHE_DIR", Path.home() / ".cache" / "lenvm"))
 
 
 def ensure_default_model(root: Path | None = None) -> Path:

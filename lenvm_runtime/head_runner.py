@@ -63,7 +63,8 @@ class HeadRunner:
 
     def values(self, features: Tensor) -> Tensor:
         """V(s_t) in (-1, 0] of each row: [rows, num_features] -> [rows] fp32."""
-        return self.value_head(features[:, : self.config.hidden_size])
+        values: Tensor = self.value_head(features[:, : self.config.hidden_size])
+        return values
 
     def predictions(self, features: Tensor) -> Tensor:
         """Remaining length at each state: [rows, num_features] -> [rows, 3] expected, 10% and 90% quantile."""

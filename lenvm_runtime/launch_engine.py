@@ -25,6 +25,7 @@ def engine_arguments(arguments: list[str], on_cpu: bool) -> list[str]:
             "--attention-backend": [CPU_ATTENTION_BACKEND],
             "--grammar-backend": ["llguidance"],  # xgrammar pins host memory, which needs an accelerator
             "--disable-cuda-graph": [],
+            "--sleep-on-idle": [],
         }
     given = {argument.split("=", 1)[0] for argument in arguments}
     added = [part for flag, values in defaults.items() if flag not in given for part in (flag, *values)]

@@ -122,13 +122,25 @@ def running_engine(config: ServeConfig) -> Iterator[tuple[subprocess.Popen[bytes
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "lenvm_runtime.launch_engine", *_engine_command(config, model, port)]
     _say(f"starting the engine (log: {log})")
-    environment = {"LENVM_HEAD": str(head) if head else "", "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS": "0"}
+    environment = {
+        "LENVM_HEAD": str(head) if head else "",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_engine_threads())),
+        "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS": "0",
+    }
     engine = _spawn(command, environment, log)
     try:
         _wait_until_ready("engine", engine, f"{url}/health", log)
         yield engine, url
     finally:
         _stop(engine)
+
+
+def _engine_threads() -> int:
+    """Leave a core to the gateway and the engine's other processes.
+
+    A thread of the engine that waits for a core stalls all of its threads at every operator.
+    """
+    return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def free_port() -> int:

@@ -51,7 +51,8 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         hidden = nn.functional.silu(self.fc(hidden_states.to(self.fc.weight.dtype)))  # [rows, hidden_size]
-        return value_from_raw(self.summary(hidden).squeeze(-1).float())
+        raw: Tensor = self.summary(hidden).squeeze(-1).float()
+        return value_from_raw(raw)
 
 
 class CandidateHead(nn.Module):
@@ -61,6 +62,8 @@ class CandidateHead(nn.Module):
     embeddings; ``null`` stands in for T[x] to give the distribution at s_t itself. One small matrix
     product a candidate; no second forward. Bins are ``length_value.bin_lengths(num_bins, max_length)``.
     """
+
+    bin_lengths: Tensor
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
@@ -72,7 +75,8 @@ class CandidateHead(nn.Module):
 
     def build_token_table(self, embeddings: Tensor) -> Tensor:
         """T = E W_x^T of the whole vocabulary: [vocab, hidden_size] -> [vocab, rank]."""
-        return self.token(embeddings.to(self.token.weight.dtype))
+        table: Tensor = self.token(embeddings.to(self.token.weight.dtype))
+        return table
 
     def state_logprobs(self, features: Tensor) -> Tensor:
         """Distribution of the remaining length at the state: [rows, num_features] -> [rows, num_bins]."""

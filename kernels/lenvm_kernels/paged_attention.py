@@ -7,8 +7,9 @@ and its ``i``-th of ``n`` new tokens at position ``p = kv_lens[r] - n + i``::
     out    = sum_t softmax(s)[t] * v_buffer[slot(t), head // group]
     over t with t <= p (causal) and t >= p - window (window not None)
 
-Sums are fp32 whatever the storage type; softmax weights may be rounded to it. A request without keys gives zeros. A row's result does not
-depend on the other requests of the batch. Keys of the new tokens must be in the cache already.
+Sums are fp32 whatever the storage type; the softmax weights may be rounded to it. A request without keys gives
+zeros. A row's result does not depend on the other requests of the batch (C++ kernel: to the last bit). Keys of the
+new tokens must be in the cache already.
 """
 
 import functools

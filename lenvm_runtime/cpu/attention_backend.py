@@ -54,7 +54,7 @@ class BatchMetadata:
     q_starts: torch.Tensor
 
 
-class CpuAttentionBackend(AttentionBackend):  # type: ignore[misc]
+class CpuAttentionBackend(AttentionBackend):
     """Extend (causal, with cached prefix) and decode over the paged KV cache."""
 
     def __init__(self, model_runner: Any) -> None:

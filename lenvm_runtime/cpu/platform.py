@@ -38,7 +38,8 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_mha_kv_pool_cls(self) -> type:
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-        return MHATokenToKVPool
+        pool: type = MHATokenToKVPool
+        return pool
 
     def get_paged_allocator_cls(self) -> Any:
         from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator

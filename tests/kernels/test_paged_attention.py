@@ -237,3 +237,8 @@ def test_wrong_arguments_are_named(position, wrong, message):
     batch[position] = wrong
     with pytest.raises(ValueError, match=message):
         contract.paged_attention(*batch, scale=1.0)
+
+
+def test_scale_must_be_positive():
+    with pytest.raises(ValueError, match="scale"):
+        contract.paged_attention(*make_batch([5], [1], 2, 2, 64, torch.float32), scale=0.0)

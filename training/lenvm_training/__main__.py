@@ -144,7 +144,7 @@ def _train(parsed: argparse.Namespace) -> None:
         vocab_size=model.config.vocab_size,
         gamma=parsed.gamma,
         num_bins=32,
-        max_length=2048,
+        max_length=1024,
         rank=parsed.rank,
         feature_layers=layers,
         eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),

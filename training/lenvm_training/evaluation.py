@@ -1,6 +1,7 @@
 """Evaluation of a head on completions of held-out prompts.
 
-Censored completions (cut by the token limit) are left out of every figure that needs their length.
+Censored completions (cut by the token limit) are left out of the figures of the value head, and counted at
+the limit in those of the predicted distribution, whose mean is cut there too (restricted mean).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ FRACTIONS = (0.25, 0.5, 0.75)
 FRACTION_WIDTH = 0.05
 POSITION_BINS = 40
 INTERVAL = (0.1, 0.9)
+MIN_SAMPLES = 4
 
 
 def evaluate_head(
@@ -36,9 +38,11 @@ def evaluate_head(
     * ``value_mse``, and that of the best constant and of the best function of the position alone;
     * at the prompt boundary, against the samples of each prompt: ``boundary_tau`` (Kendall) and
       ``boundary_mre`` (mean relative error; truth and prediction in return space, as in the paper's
-      equations 13 to 15), and both for the mean of the predicted distribution in plain tokens;
-    * ``remaining_mre_25/50/75``: median relative error of the expected remaining length there;
-    * ``interval_coverage``: share of completions inside the 80% interval of the prompt boundary.
+      equations 13 to 15), and ``boundary_tau_expected``, ``boundary_mre_expected`` of the predicted
+      distribution's mean in plain tokens, both sides cut at the token limit;
+    * ``remaining_mre_25/50/75``: median relative error of the remaining length that V stands for there;
+    * ``interval_coverage``: share of completions inside the 80% interval of the prompt boundary (a
+      censored one counts as inside when the interval reaches the token limit).
     """
     gamma = head.config.gamma
     known_train, known = train.select(~train.censored), held_out.select(~held_out.censored)
@@ -48,7 +52,6 @@ def evaluate_head(
         values = head.value_head(features[:, : head.config.hidden_size])
         logprobs = head.candidate_head.state_logprobs(features)
     lengths = head.candidate_head.bin_lengths
-    expected = expected_length(logprobs, lengths)
     distribution_values = (logprobs.exp() * value_from_length(lengths, gamma)).sum(-1)
     train_returns = value_from_length(known_train.remaining.float(), gamma)
     figures = {
@@ -62,42 +65,60 @@ def evaluate_head(
     figures["value_mse_over_position"] = figures["value_mse"] / figures["value_mse_position"]
     figures["value_mse_over_constant"] = figures["value_mse"] / figures["value_mse_constant"]
     figures["distribution_mse_over_position"] = figures["value_mse_distribution"] / figures["value_mse_position"]
-    figures |= _boundary_figures(known, values, expected, rollouts, gamma)
-    figures |= _remaining_errors(known, expected)
-    boundary = known.position == 0
-    low, high = (quantile_length(logprobs[boundary], lengths, level) for level in INTERVAL)
-    actual = known.remaining[boundary]
-    figures["interval_coverage"] = ((actual >= low.round()) & (actual <= high.round())).float().mean().item()
-    return figures
+    figures |= _value_boundary_figures(known, values, rollouts, gamma)
+    figures |= _distribution_boundary_figures(head, held_out.select(held_out.position == 0), layers, rollouts)
+    return figures | _remaining_errors(known, length_from_value(values, gamma))
 
 
-def _boundary_figures(
-    known: StateTable, values: Tensor, expected: Tensor, rollouts: Sequence[dict[str, Any]], gamma: float
+def _value_boundary_figures(
+    known: StateTable, values: Tensor, rollouts: Sequence[dict[str, Any]], gamma: float
 ) -> dict[str, float]:
-    """Agreement with the mean over each prompt's samples. Prompts with fewer than 4 finished ones are left out."""
-    boundary = (known.position == 0).nonzero().squeeze(-1)
-    by_prompt: dict[str, list[int]] = {}
-    for row in boundary.tolist():
-        by_prompt.setdefault(rollouts[int(known.rollout[row])]["prompt_id"], []).append(row)
-    groups = [torch.tensor(rows) for rows in by_prompt.values() if len(rows) >= 4]
-    first = torch.stack([group[0] for group in groups])
-    sampled = [known.remaining[group].float() for group in groups]
-    mean_length = torch.stack([lengths.mean() for lengths in sampled])
-    mean_return = torch.stack([value_from_length(lengths, gamma).mean() for lengths in sampled])
-    return_length = length_from_value(mean_return, gamma)
-    predicted = length_from_value(values[first], gamma)
+    """Agreement of V(s_0) with the mean return of each prompt's finished samples (at least MIN_SAMPLES)."""
+    at_boundary = known.position == 0
+    boundary = known.select(at_boundary)
+    groups = _by_prompt(boundary, rollouts)
+    returns = [value_from_length(boundary.remaining[group].float(), gamma).mean() for group in groups]
+    actual = length_from_value(torch.stack(returns), gamma)
+    predicted = length_from_value(values[at_boundary][torch.stack([group[0] for group in groups])], gamma)
     return {
         "num_prompts": float(len(groups)),
-        "boundary_tau": float(kendalltau(predicted, return_length).statistic),
-        "boundary_mre": _mre(predicted, return_length),
-        "boundary_tau_expected": float(kendalltau(expected[first], mean_length).statistic),
-        "boundary_mre_expected": _mre(expected[first], mean_length),
+        "boundary_tau": float(kendalltau(predicted, actual).statistic),
+        "boundary_mre": _mre(predicted, actual),
     }
 
 
-def _remaining_errors(known: StateTable, expected: Tensor) -> dict[str, float]:
+def _distribution_boundary_figures(
+    head: Head, boundary: StateTable, layers: tuple[int, ...], rollouts: Sequence[dict[str, Any]]
+) -> dict[str, float]:
+    """Restricted mean and 80% interval of the predicted distribution against all samples."""
+    with torch.inference_mode():
+        logprobs = head.candidate_head.state_logprobs(features_of(boundary, head.config, layers).float())
+    lengths = head.candidate_head.bin_lengths
+    limit = float(boundary.remaining[boundary.censored].max()) if boundary.censored.any() else float("inf")
+    restricted = expected_length(logprobs, lengths.clamp(max=limit))
+    groups = _by_prompt(boundary, rollouts)
+    actual = torch.stack([boundary.remaining[group].float().mean() for group in groups])
+    predicted = restricted[torch.stack([group[0] for group in groups])]
+    low, high = (quantile_length(logprobs, lengths, level).round() for level in INTERVAL)
+    inside = (boundary.remaining >= low) & (boundary.remaining <= high)
+    return {
+        "boundary_tau_expected": float(kendalltau(predicted, actual).statistic),
+        "boundary_mre_expected": _mre(predicted, actual),
+        "interval_coverage": inside.float().mean().item(),
+    }
+
+
+def _by_prompt(boundary: StateTable, rollouts: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """Rows of the states of each prompt that has at least MIN_SAMPLES."""
+    rows: dict[str, list[int]] = {}
+    for row, rollout in enumerate(boundary.rollout.tolist()):
+        rows.setdefault(rollouts[rollout]["prompt_id"], []).append(row)
+    return [torch.tensor(group) for group in rows.values() if len(group) >= MIN_SAMPLES]
+
+
+def _remaining_errors(known: StateTable, remaining: Tensor) -> dict[str, float]:
     fraction = known.position / (known.position + known.remaining)
-    errors = (expected - known.remaining).abs() / known.remaining
+    errors = (remaining - known.remaining).abs() / known.remaining
     return {
         f"remaining_mre_{round(100 * point)}": errors[(fraction - point).abs() < FRACTION_WIDTH].median().item()
         for point in FRACTIONS

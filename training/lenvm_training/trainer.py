@@ -64,7 +64,8 @@ def train_head(
         known = ~states.censored
         returns = value_from_length(states.remaining.float(), config.gamma)
         errors = (value_head(features[:, : config.hidden_size].float()) - returns).square()
-        return (errors * known).sum() / known.sum().clamp_min(1)
+        mean: Tensor = (errors * known).sum() / known.sum().clamp_min(1)
+        return mean
 
     def candidate_loss(features: Tensor, states: StateTable) -> Tensor:
         features = features.float()
