@@ -42,4 +42,4 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_control.py $(BENCH_ARGS)
 
 demo-head: $(INSTALLED)
-	$(BIN)/lenvm train-head $(HEAD_ARGS)
+	$(BIN)/lenvm with-engine -- sh training/demo_head.sh runs/demo-head

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -41,6 +43,10 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("engine_arguments", nargs="*", help="after --: SGLang's own arguments")
     command.set_defaults(run=_serve)
+
+    command = commands.add_parser("with-engine", help="run a command while the default model's engine is up")
+    command.add_argument("command", nargs="+", help="after --; gets LENVM_ENGINE_URL and LENVM_MODEL")
+    command.set_defaults(run=_with_engine)
     return parser
 
 
@@ -53,6 +59,13 @@ def _serve(parsed: argparse.Namespace) -> int:
         engine_arguments=tuple(parsed.engine_arguments),
     )
     return serve.serve(config)
+
+
+def _with_engine(parsed: argparse.Namespace) -> int:
+    model = default_model.ensure_default_model()
+    with serve.running_engine(serve.ServeConfig("127.0.0.1", 8000, None, serve.NO_HEAD)) as (_, url):
+        environment = {**os.environ, "LENVM_ENGINE_URL": url, "LENVM_MODEL": str(model)}
+        return subprocess.run(parsed.command, env=environment, check=False).returncode
 
 
 if __name__ == "__main__":

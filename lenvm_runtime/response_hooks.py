@@ -17,6 +17,7 @@ from fastapi.responses import ORJSONResponse
 
 from lenvm_kernels.checkpoint import read_config
 from lenvm_runtime import compat
+from lenvm_runtime.length_control import LengthControl
 from lenvm_runtime.response import ResponseBuilder
 
 _BUILDER = "lenvm_builder"
@@ -56,9 +57,17 @@ def register(head: Path) -> None:
 
 
 def _observe(original: Callable[..., AsyncGenerator[Any, None]], manager: Any, obj: Any, *args: Any) -> Any:
+    _check_controls(getattr(obj, "sampling_params", None))
     events = original(manager, obj, *args)
     builder = getattr(obj, _BUILDER, None)
     return events if builder is None else _observe_events(events, builder)
+
+
+def _check_controls(sampling_params: Any) -> None:
+    """Refuse a malformed control here (ValueError: HTTP 400), before it reaches the scheduler."""
+    for params in sampling_params if isinstance(sampling_params, list) else [sampling_params]:
+        if isinstance(params, dict):
+            LengthControl.from_custom_params(params.get("custom_params"))
 
 
 async def _observe_events(events: AsyncGenerator[Any, None], builder: ResponseBuilder) -> AsyncGenerator[Any, None]:

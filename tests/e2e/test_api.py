@@ -90,6 +90,16 @@ def test_stop_string_and_cap(client: openai.OpenAI, model_name: str) -> None:
     assert capped.usage.completion_tokens == 5
 
 
+def test_the_cap_does_not_depend_on_the_length_hint(client: openai.OpenAI, model_name: str) -> None:
+    answer = client.chat.completions.create(
+        model=model_name,
+        messages=ESSAY,
+        max_completion_tokens=7,
+        extra_body={"max_length_hint": 200, "length_values": False},
+    )
+    assert answer.usage.completion_tokens <= 7
+
+
 def test_json_schema(client: openai.OpenAI, model_name: str) -> None:
     schema = {
         "type": "object",
@@ -179,6 +189,13 @@ def test_bad_fields_are_named(client: openai.OpenAI, model_name: str, extra: dic
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model=model_name, messages=QUESTION, extra_body=extra)
     assert field in caught.value.body["param"]
+
+
+def test_the_engine_itself_refuses_a_malformed_control(stack: Stack) -> None:
+    custom = {"lenvm": {"mode": "equal"}}
+    body = {"text": "Hi", "sampling_params": {"max_new_tokens": 4, "custom_params": custom}}
+    assert httpx.post(f"{stack.engine_url}/generate", json=body, timeout=60).status_code == 400
+    assert httpx.get(f"{stack.engine_url}/health", timeout=60).status_code == 200
 
 
 def test_unknown_model_is_a_404(client: openai.OpenAI) -> None:

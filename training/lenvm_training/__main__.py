@@ -59,7 +59,7 @@ def _build_parser() -> argparse.ArgumentParser:
     rollouts = commands.add_parser("rollouts", help="sample completions")
     rollouts.add_argument("--prompts", type=Path, required=True)
     rollouts.add_argument("--out", type=Path, required=True)
-    rollouts.add_argument("--model", type=Path, required=True, help="folder of the served model (its tokenizer)")
+    _add_model(rollouts)
     rollouts.add_argument("--engine-url", default=os.environ.get("LENVM_ENGINE_URL"), help="or LENVM_ENGINE_URL")
     rollouts.add_argument("--samples", type=int, default=5, help="completions a prompt")
     rollouts.add_argument("--max-new-tokens", type=int, default=512)
@@ -69,7 +69,7 @@ def _build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train and evaluate the heads")
     train.add_argument("--rollouts", type=Path, required=True)
     train.add_argument("--eval-rollouts", type=Path, required=True, help="completions of other prompts")
-    train.add_argument("--model", type=Path, required=True)
+    _add_model(train)
     train.add_argument("--base-model", default="SmolLM2-135M-Instruct", help="the served model's name, for the card")
     train.add_argument("--work", type=Path, required=True, help="folder for the states (reused)")
     train.add_argument("--out", type=Path, required=True, help="head folder to write")
@@ -80,6 +80,12 @@ def _build_parser() -> argparse.ArgumentParser:
     train.add_argument("--states", type=int, default=24, help="states kept a completion")
     train.set_defaults(run=_train)
     return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    given = os.environ.get("LENVM_MODEL")
+    text = "folder of the served model (or LENVM_MODEL)"
+    parser.add_argument("--model", type=Path, default=given, required=given is None, help=text)
 
 
 def _prompts(parsed: argparse.Namespace) -> None:

@@ -1,0 +1,41 @@
+"""Requests without control get SGLang's own tokens: the head's hooks do not disturb sampling.
+
+Two fresh engines with the same seed, one without a head, answer the same requests one after the other.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from lenvm_runtime.length_control import LengthControl, build_custom_params
+from lenvm_runtime.serve import NO_HEAD, ServeConfig, running_engine
+
+pytestmark = pytest.mark.e2e
+
+PARAMETERS: tuple[dict[str, Any], ...] = (
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_p": 0.9},
+    {"temperature": 1.0, "top_k": 20, "min_p": 0.02},
+    {"temperature": 0},
+)
+NEUTRAL = build_custom_params(LengthControl("tilt", beta=0.0), values=True)
+
+
+def answers(head: Path | None, custom_params: list[dict[str, Any] | None]) -> list[list[int]]:
+    arguments = ("--random-seed", "7", "--disable-radix-cache")
+    with running_engine(ServeConfig("127.0.0.1", 8000, None, head, arguments)) as (_, url):
+        outputs = []
+        for parameters, custom in zip(PARAMETERS, custom_params, strict=True):
+            sampling = {"max_new_tokens": 24, "ignore_eos": True, "custom_params": custom, **parameters}
+            body = {"text": "The history of bread begins", "sampling_params": sampling}
+            outputs.append(httpx.post(f"{url}/generate", json=body, timeout=120).json()["output_ids"])
+        return outputs
+
+
+def test_no_control_and_beta_zero_give_sglangs_own_tokens() -> None:
+    stock = answers(NO_HEAD, [None] * 4)
+    assert stock == answers(None, [None, NEUTRAL, None, NEUTRAL])
