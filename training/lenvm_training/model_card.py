@@ -58,7 +58,7 @@ token). It describes this model sampled as below; other sampling settings or pro
 
 Held out (other prompts): {_describe(held_rollouts)}
 
-Sampling: {json.dumps(rollouts[0]["sampling"])}. Completions cut by the token limit are censored: left
+Sampling: {_describe_sampling(rollouts)}. Completions cut by the token limit are censored: left
 out of the value targets, and "at least this long" for the distribution.
 
 ## Settings
@@ -77,6 +77,11 @@ out of the value targets, and "at least this long" for the distribution.
 {table}
 """
     )
+
+
+def _describe_sampling(rollouts: Sequence[dict[str, Any]]) -> str:
+    counts = Counter(json.dumps(row["sampling"]) for row in rollouts)
+    return "; ".join(f"{sampling} ({count} completions)" for sampling, count in counts.most_common())
 
 
 def _describe(rollouts: Sequence[dict[str, Any]]) -> str:
