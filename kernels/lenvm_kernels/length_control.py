@@ -46,13 +46,17 @@ class Strategy(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class PreferenceKernel:
-    """Slopes of K, in nats per relative deviation from the target (>= 0): 20 is 1 nat for 5% off; and strength > 0."""
+    """Slopes of K, in nats per relative deviation from the target (>= 0): 20 is 1 nat for 5% off.
+
+    Strengths (> 0): of EQUAL, and of the bounds AT_LEAST and AT_MOST.
+    """
 
     equal_short: float = 24.0
     equal_long: float = 16.0
     at_least_short: float = 20.0
     at_most_long: float = 20.0
-    strength: float = 3.0
+    equal_strength: float = 5.0
+    bound_strength: float = 3.0
 
 
 DEFAULT_KERNEL = PreferenceKernel()

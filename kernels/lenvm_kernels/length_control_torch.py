@@ -30,7 +30,8 @@ def steer_candidates(
     log_psi = _log_psi(bin_logprobs, eos_mask, bin_lengths, end_length, mode, target, kernel)
     values = expected_value(bin_logprobs, bin_lengths, gamma).masked_fill(eos_mask, 0.0)  # [B, C]
 
-    reweighted = _reweigh(logprobs, torch.where(mode == Mode.TILT, beta * values, kernel.strength * log_psi))
+    strength = torch.where(mode == Mode.EQUAL, kernel.equal_strength, kernel.bound_strength)
+    reweighted = _reweigh(logprobs, torch.where(mode == Mode.TILT, beta * values, strength * log_psi))
     chosen = _choose(logprobs, values, (target - end_length).clamp(min=0.0), mode, gamma)
     steered = torch.where((strategy == Strategy.HARD) & (mode != Mode.TILT), chosen, reweighted)
 

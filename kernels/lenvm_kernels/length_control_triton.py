@@ -60,7 +60,8 @@ def steer_candidates(
         kernel.equal_long,
         kernel.at_least_short,
         kernel.at_most_long,
-        kernel.strength,
+        kernel.equal_strength,
+        kernel.bound_strength,
         BLOCK_C=triton.next_power_of_2(num_candidates),
         BLOCK_M=triton.next_power_of_2(num_bins),
     )
@@ -110,7 +111,8 @@ def _steer_row(  # type: ignore[no-untyped-def]
     equal_long,
     at_least_short,
     at_most_long,
-    strength,
+    equal_strength,
+    bound_strength,
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -148,6 +150,7 @@ def _steer_row(  # type: ignore[no-untyped-def]
     log_psi = tl.where(is_eos, _log_preference(end_length, target, short, long), log_psi)
     values = tl.where(is_eos, 0.0, tl.sum(tl.exp(bins) * bin_values[None, :], axis=1))
 
+    strength = tl.where(mode == _EQUAL, equal_strength, bound_strength)
     weighted = logprobs + tl.where(mode == _TILT, beta * values, strength * log_psi)
     weighted = tl.where(candidate, weighted, float("-inf"))
     reachable = tl.max(weighted, axis=0) > float("-inf")

@@ -20,7 +20,9 @@ from lenvm_kernels.length_control import Mode, PreferenceKernel, Strategy, steer
 from lenvm_kernels.length_value import bin_lengths, length_from_value, value_from_length
 
 GAMMA = 0.997
-KERNEL = PreferenceKernel(equal_short=15.0, equal_long=25.0, at_least_short=10.0, at_most_long=30.0, strength=1.5)
+KERNEL = PreferenceKernel(
+    equal_short=15.0, equal_long=25.0, at_least_short=10.0, at_most_long=30.0, equal_strength=1.5, bound_strength=2.5
+)
 GRID = [(b, c, m) for b in (1, 3, 17) for c in (1, 2, 33) for m in (1, 24)]
 CONTROLS = [(mode, strategy) for mode in Mode for strategy in Strategy]
 
@@ -141,7 +143,8 @@ def expected_row(batch: Batch, i: int) -> list[float]:
         else sum(p * kernel_worth(end + n, mode, target) for p, n in zip(bins[c], lengths, strict=True))
         for c in columns
     ]
-    weights = [given[c] * psi[c] ** KERNEL.strength if c in left else 0.0 for c in columns]
+    strength = KERNEL.equal_strength if mode == Mode.EQUAL else KERNEL.bound_strength
+    weights = [given[c] * psi[c] ** strength if c in left else 0.0 for c in columns]
     return [w / sum(weights) for w in weights]
 
 
@@ -290,7 +293,7 @@ class Chain:
             torch.full((rows,), target),
             torch.zeros(rows),
             GAMMA,
-            replace(KERNEL, strength=1.0),
+            replace(KERNEL, equal_strength=1.0, bound_strength=1.0),
         )
         return steered.double().exp().view_as(self.next_probs)
 
