@@ -52,8 +52,7 @@ def read_config(folder: Path) -> HeadConfig:
 def load_head(folder: Path) -> Head:
     """Load a head folder. Raises CheckpointError naming the file."""
     config = read_config(folder)
-    value_head, candidate_head = ValueHead(config.hidden_size), CandidateHead(config)
-    _load(value_head, folder / VALUE_FILE, VALUE_PREFIX)
+    value_head, candidate_head = load_value_head(folder, config.hidden_size), CandidateHead(config)
     _load(candidate_head, folder / CANDIDATE_FILE, "")
     return Head(config, value_head.eval().requires_grad_(False), candidate_head.eval().requires_grad_(False))
 
@@ -61,10 +60,22 @@ def load_head(folder: Path) -> Head:
 def save_head(head: Head, folder: Path) -> None:
     """Write a head folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    value_state = {VALUE_PREFIX + name: tensor.contiguous() for name, tensor in head.value_head.state_dict().items()}
-    save_file(value_state, folder / VALUE_FILE)
+    save_value_head(head.value_head, folder)
     save_file({n: t.contiguous() for n, t in head.candidate_head.state_dict().items()}, folder / CANDIDATE_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(head.config), indent=2) + "\n")
+
+
+def save_value_head(value_head: ValueHead, folder: Path) -> None:
+    """Write ``value_head.safetensors`` in the published format."""
+    state = {VALUE_PREFIX + name: tensor.contiguous() for name, tensor in value_head.state_dict().items()}
+    save_file(state, folder / VALUE_FILE)
+
+
+def load_value_head(folder: Path, hidden_size: int) -> ValueHead:
+    """Read ``value_head.safetensors``, in the precision of ``torch.get_default_dtype()``. Raises CheckpointError."""
+    value_head = ValueHead(hidden_size)
+    _load(value_head, folder / VALUE_FILE, VALUE_PREFIX)
+    return value_head
 
 
 def _load(module: ValueHead | CandidateHead, path: Path, prefix: str) -> None:

@@ -50,9 +50,13 @@ class ValueHead(nn.Module):
         self.summary = nn.Linear(hidden_size, 1)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        hidden = nn.functional.silu(self.fc(hidden_states.to(self.fc.weight.dtype)))  # [rows, hidden_size]
+        return value_from_raw(self.raw_value(hidden_states))
+
+    def raw_value(self, hidden_states: Tensor) -> Tensor:
+        """The output of the last linear layer, before the sigmoid: [..., hidden_size] -> [...] fp32."""
+        hidden = nn.functional.silu(self.fc(hidden_states.to(self.fc.weight.dtype)))  # [..., hidden_size]
         raw: Tensor = self.summary(hidden).squeeze(-1).float()
-        return value_from_raw(raw)
+        return raw
 
 
 class CandidateHead(nn.Module):

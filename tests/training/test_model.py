@@ -1,0 +1,182 @@
+"""The LenVM folder: published format both ways, adapters, heads; values against a plain transformers forward."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lenvm_kernels import torchvision_schema
+from lenvm_kernels.checkpoint import CheckpointError
+from lenvm_kernels.heads import ValueHead
+from lenvm_kernels.length_value import value_from_length
+
+torchvision_schema.declare_if_missing()
+
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+
+from lenvm_training.model import (  # noqa: E402
+    LenVM,
+    LoraSettings,
+    ModelSettings,
+    build_lenvm,
+    load_lenvm,
+    restore_lenvm,
+    save_lenvm,
+)
+from lenvm_training.targets import TargetConfig, remaining_labels  # noqa: E402
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+TARGET = TargetConfig(gamma=0.9)
+
+
+def make_backbone(folder: Path, family: str, tied: bool = True) -> Path:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SIZES, tie_word_embeddings=tied)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["full", "lora", "head"])
+def test_a_folder_gives_back_the_values(tmp_path: Path, family: str, kind: str) -> None:
+    backbone = make_backbone(tmp_path / "backbone", family)
+    settings = ModelSettings(str(backbone), "served", kind, LoraSettings(r=4, alpha=8))
+    model = build_lenvm(settings, TARGET)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    expected = model(**batch()).predictions
+    save_lenvm(model, tmp_path / "lenvm")
+    loaded = load_lenvm(tmp_path / "lenvm")
+    torch.testing.assert_close(loaded(**batch()).predictions, expected)
+    assert loaded.lenvm_config == model.lenvm_config
+    assert json.loads((tmp_path / "lenvm" / "lenvm_config.json").read_text())["gamma"] == 0.9
+    fresh = build_lenvm(settings, TARGET)
+    restore_lenvm(fresh, tmp_path / "lenvm")
+    assert torch.equal(fresh(**batch()).predictions, expected)
+    weights = (tmp_path / "lenvm").glob("*model.safetensors")
+    assert {path.name for path in weights} == {
+        "full": {"model.safetensors"},
+        "lora": {"adapter_model.safetensors"},
+        "head": set(),
+    }[kind]
+
+
+def test_values_are_those_of_the_published_formula(tmp_path: Path) -> None:
+    model = build_lenvm(ModelSettings(str(make_backbone(tmp_path, "qwen2")), "served"), TARGET)
+    inputs = batch()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.inference_mode():
+        states = plain.model(**inputs).last_hidden_state
+        head = {name: tensor.detach() for name, tensor in model.value_head.state_dict().items()}
+        hidden = torch.nn.functional.silu(states @ head["fc.weight"].T + head["fc.bias"])
+        expected = -torch.sigmoid(hidden @ head["summary.weight"].T + head["summary.bias"]).squeeze(-1)
+        torch.testing.assert_close(model(**inputs).predictions, expected)
+
+
+@pytest.mark.parametrize("stored", ["both", "lm_head", "embed_tokens"])
+def test_published_folders_are_read_whatever_name_tied_embeddings_have(tmp_path: Path, stored: str) -> None:
+    make_backbone(tmp_path, "qwen2")
+    tensors = load_file(tmp_path / "model.safetensors")
+    embeddings = tensors.pop("model.embed_tokens.weight")
+    if stored != "embed_tokens":
+        tensors["lm_head.weight"] = embeddings.clone()
+    if stored != "lm_head":
+        tensors["model.embed_tokens.weight"] = embeddings
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    head = {f"v_head.{name}": tensor for name, tensor in ValueHead(32).state_dict().items()}
+    save_file(head, tmp_path / "value_head.safetensors")
+    model = load_lenvm(tmp_path)
+    assert model.lenvm_config.target.gamma == 0.997
+    assert torch.equal(model.causal_model.get_input_embeddings().weight, embeddings)
+    assert torch.equal(model.value_head.fc.weight, head["v_head.fc.weight"])
+    continued = build_lenvm(ModelSettings(str(tmp_path), "served"), TARGET)
+    assert torch.equal(continued.value_head.fc.weight, head["v_head.fc.weight"])
+
+
+def test_an_adapter_has_the_names_that_other_servers_read(tmp_path: Path) -> None:
+    settings = ModelSettings(str(make_backbone(tmp_path / "b", "llama")), "served", "lora", LoraSettings(r=2))
+    save_lenvm(build_lenvm(settings, TARGET), tmp_path / "lenvm")
+    names = set(load_file(tmp_path / "lenvm" / "adapter_model.safetensors"))
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in names
+    adapter = json.loads((tmp_path / "lenvm" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == settings.backbone
+
+
+@pytest.mark.parametrize(("kind", "trained"), [("full", "all"), ("lora", "lora_"), ("head", "value_head")])
+def test_only_what_the_kind_names_is_trained(tmp_path: Path, kind: str, trained: str) -> None:
+    model = build_lenvm(ModelSettings(str(make_backbone(tmp_path, "llama", tied=False)), "served", kind), TARGET)
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name in names if name.startswith("value_head")} == {
+        f"value_head.{name}" for name in model.value_head.state_dict()
+    }
+    rest = {name for name in names if not name.startswith("value_head")}
+    assert not any("lm_head" in name for name in rest)
+    assert bool(rest) == (kind != "head")
+    assert trained == "all" or all(trained in name for name in rest)
+
+
+def test_the_loss_is_the_mean_squared_error_of_the_states(tmp_path: Path) -> None:
+    model = build_lenvm(ModelSettings(str(make_backbone(tmp_path, "llama")), "served"), TARGET)
+    labels = torch.tensor([remaining_labels(3, 6, True), remaining_labels(2, 4, True) + [-100] * 3])
+    output = model(**batch(), labels=labels)
+    errors = [
+        (output.predictions[b, t].item() - value_from_length(float(n), 0.9)) ** 2
+        for b, row in enumerate(labels.tolist())
+        for t, n in enumerate(row)
+        if n >= 0
+    ]
+    assert output.loss.item() == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+    assert model(**batch(), labels=labels, num_items_in_batch=100).loss.item() == pytest.approx(sum(errors) / 100)
+    censored = torch.tensor([remaining_labels(3, 6, False), remaining_labels(2, 7, False)])
+    assert model(**batch(), labels=censored).loss.item() == 0
+
+
+def test_unusable_folders_say_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="neither a folder nor a model of the hub"):
+        load_lenvm(tmp_path / "nowhere")
+    make_backbone(tmp_path / "llama", "llama")
+    with pytest.raises(CheckpointError, match="no gamma is known"):
+        load_lenvm(tmp_path / "llama")
+    tensors = load_file(tmp_path / "llama" / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "llama" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"1 weights are missing, the first is model\.norm\.weight"):
+        build_lenvm(ModelSettings(str(tmp_path / "llama"), "served"), TARGET)
+    with pytest.raises(ValueError, match="model.kind"):
+        ModelSettings("a", "b", "half")
+    with pytest.raises(ValueError, match="target_modules"):
+        bad = LoraSettings(target_modules=("nothing",))
+        build_lenvm(ModelSettings(str(make_backbone(tmp_path / "ok", "llama")), "served", "lora", bad), TARGET)
+
+
+def test_bf16_weights_keep_the_head_in_fp32(tmp_path: Path) -> None:
+    settings: Any = ModelSettings(str(make_backbone(tmp_path, "qwen2")), "served", dtype="bfloat16")
+    model = build_lenvm(settings, TARGET)
+    assert isinstance(model, LenVM)
+    output = model(**batch(), labels=torch.tensor([remaining_labels(3, 6, True)] * 2))
+    output.loss.backward()
+    assert output.predictions.dtype == torch.float32
+    assert model.value_head.fc.weight.grad is not None
