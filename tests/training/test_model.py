@@ -9,17 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from lenvm_kernels import torchvision_schema
 from lenvm_kernels.checkpoint import CheckpointError
 from lenvm_kernels.heads import ValueHead
 from lenvm_kernels.length_value import value_from_length
-
-torchvision_schema.declare_if_missing()
-
-from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
-
-from lenvm_training.model import (  # noqa: E402
+from lenvm_training.model import (
     LenVM,
     LoraSettings,
     ModelSettings,
@@ -28,26 +23,10 @@ from lenvm_training.model import (  # noqa: E402
     restore_lenvm,
     save_lenvm,
 )
-from lenvm_training.targets import TargetConfig, remaining_labels  # noqa: E402
+from lenvm_training.targets import TargetConfig, remaining_labels
+from tiny import make_backbone
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-}
 TARGET = TargetConfig(gamma=0.9)
-
-
-def make_backbone(folder: Path, family: str, tied: bool = True) -> Path:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SIZES, tie_word_embeddings=tied)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -165,11 +144,12 @@ def test_unusable_folders_say_what_is_wrong(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "llama" / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"1 weights are missing, the first is model\.norm\.weight"):
         build_lenvm(ModelSettings(str(tmp_path / "llama"), "served"), TARGET)
-    with pytest.raises(ValueError, match="model.kind"):
+    with pytest.raises(ValueError, match=r"model\.kind"):
         ModelSettings("a", "b", "half")
-    with pytest.raises(ValueError, match="target_modules"):
-        bad = LoraSettings(target_modules=("nothing",))
-        build_lenvm(ModelSettings(str(make_backbone(tmp_path / "ok", "llama")), "served", "lora", bad), TARGET)
+    nothing = LoraSettings(target_modules=("nothing",))
+    settings = ModelSettings(str(make_backbone(tmp_path / "ok", "llama")), "served", "lora", nothing)
+    with pytest.raises(ValueError, match=r"model\.lora\.target_modules"):
+        build_lenvm(settings, TARGET)
 
 
 def test_bf16_weights_keep_the_head_in_fp32(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import snapshot_download
@@ -35,6 +35,8 @@ LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 class LoraSettings:
     """A PEFT LoRA adapter; ``target_modules`` are names of linear layers, or one regular expression."""
 
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
     r: int = 16
     alpha: int = 32
     dropout: float = 0.0
@@ -46,8 +48,10 @@ class ModelSettings:
     """What is trained. ``kind``: ``full`` fine-tune, ``lora`` adapter, or ``head`` on a frozen backbone.
 
     ``backbone`` is a folder or hub name; one that holds a value head already is trained further.
-    ``dtype`` is that of the weights during training, ``save_dtype`` that of the result.
+    ``dtype`` is that of the weights during training, ``save_dtype`` that of a full fine-tune's result.
     """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     backbone: str
     served_model: str
@@ -99,6 +103,11 @@ class LenVM(nn.Module):
     def config(self) -> Any:
         """The backbone's configuration."""
         return self.language_model.config
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether the backbone is a vision-language model."""
+        return self.config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     @property
     def causal_model(self) -> Any:

@@ -79,6 +79,46 @@ out of the value targets, and "at least this long" for the distribution.
     )
 
 
+def write_lenvm_card(
+    folder: Path,
+    settings: dict[str, Any],
+    rollouts: Sequence[dict[str, Any]],
+    held_rollouts: Sequence[dict[str, Any]],
+    figures: dict[str, float],
+) -> None:
+    """Write ``README.md`` of a LenVM folder: what it predicts, from what data, with what settings and figures."""
+    table = "\n".join(f"| `{name}` | {value:.4f} |" for name, value in figures.items())
+    held_out = f"Held out (other prompts): {_describe(held_rollouts)}" if held_rollouts else "Nothing was held out."
+    (folder / CARD_FILE).write_text(
+        f"""# LenVM for {settings["model"]["served_model"]}
+
+Length Value Model ({settings["model"]["kind"]}, backbone {settings["model"]["backbone"]}): predicts at every token how
+much of the answer is still to come. It describes the served model sampled as below.
+
+## Data
+
+{_describe(rollouts)}
+
+{held_out}
+
+Sampling: {_describe_sampling(rollouts)}. Completions cut by the token limit have no target.
+
+## Settings
+
+{json.dumps(settings)}
+
+## Figures on the held-out completions
+
+Positions (0 to 90) are the share of the answer that is written, in percent; errors are relative to the remaining
+length in tokens; `mse` and `calibration_error` are in the target space.
+
+| figure | |
+| --- | --- |
+{table}
+"""
+    )
+
+
 def _describe_sampling(rollouts: Sequence[dict[str, Any]]) -> str:
     counts = Counter(json.dumps(row["sampling"]) for row in rollouts)
     return "; ".join(f"{sampling} ({count} completions)" for sampling, count in counts.most_common())

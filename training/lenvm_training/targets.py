@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -117,6 +117,8 @@ class LogLength:
 @dataclass(frozen=True)
 class TargetConfig:
     """Which space, with what parameters; ``lam`` < 1 mixes in the model's own estimates (lambda-returns)."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     space: str = "discounted_return"
     gamma: float = 0.997

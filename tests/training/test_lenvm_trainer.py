@@ -1,0 +1,144 @@
+"""Training with transformers' Trainer: learning, exact token mean, exact resume, everything a result folder holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lenvm_training.lenvm_trainer import LenVMRun, LenVMTrainer, last_checkpoint, train_lenvm, training_arguments
+from lenvm_training.model import LoraSettings, ModelSettings, build_lenvm, load_lenvm
+from lenvm_training.rollout_data import DataSettings, RolloutCollator, RolloutDataset
+from lenvm_training.targets import TargetConfig
+from tiny import make_backbone, make_rows, write_rows
+
+TARGET = TargetConfig(gamma=0.9)
+
+
+def make_run(folder: Path, kind: str = "full", name: str = "run", **training: Any) -> LenVMRun:
+    backbone = folder / "backbone"
+    if not backbone.exists():
+        make_backbone(backbone)
+        write_rows(folder / "train.jsonl", make_rows(12, 0))
+        write_rows(folder / "eval.jsonl", make_rows(8, 1))
+    settings = {
+        "output_dir": str(folder / name),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "cosine",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "logging_steps": 1,
+        **training,
+    }
+    data = DataSettings((str(folder / "train.jsonl"),), (str(folder / "eval.jsonl"),))
+    model = ModelSettings(str(backbone), "served", kind, LoraSettings(r=4, alpha=8, dropout=0.1))
+    return LenVMRun(model, data, settings, TARGET)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_lenvm(folder).state_dict()
+
+
+def test_training_learns_and_leaves_a_whole_folder(tmp_path: Path) -> None:
+    run = make_run(tmp_path, max_steps=60, report_to="tensorboard", eval_strategy="steps", eval_steps=30, bf16=True)
+    figures = train_lenvm(run)
+    first = json.loads((tmp_path / "run" / "checkpoint-60" / "trainer_state.json").read_text())["log_history"][0]
+    assert figures["mse"] < 0.5 * first["loss"]
+    assert figures["tau_0"] > 0.6
+    folder = tmp_path / "run" / "lenvm"
+    assert json.loads((folder / "figures.json").read_text()) == figures
+    names = {path.name for path in folder.iterdir()}
+    assert {"README.md", "loss.png", "error_by_position.png", "tokenizer.json", "value_head.safetensors"} <= names
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+    assert load_lenvm(folder).lenvm_config.target == TARGET
+
+
+def gradients(folder: Path, per_device: int, accumulated: int) -> dict[str, torch.Tensor]:
+    """Gradients of one optimizer step over the same eight completions, in micro-batches."""
+    run = make_run(folder)
+    seen: dict[str, torch.Tensor] = {}
+
+    class Recorder(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            seen.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+    torch.manual_seed(0)
+    model = build_lenvm(run.model, TARGET)
+    arguments = training_arguments(
+        run.training
+        | {
+            "max_steps": 1,
+            "per_device_train_batch_size": per_device,
+            "gradient_accumulation_steps": accumulated,
+            "max_grad_norm": 0.0,
+            "save_strategy": "no",
+        }
+    )
+    optimizer = Recorder(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    dataset = RolloutDataset(make_rows(3, 0)[:8])
+    trainer = LenVMTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=RolloutCollator(0),
+        optimizers=(optimizer, schedule),
+    )
+    trainer.train()
+    return seen
+
+
+def test_one_by_eight_gives_the_gradients_of_eight_by_one(tmp_path: Path) -> None:
+    whole, split = gradients(tmp_path, 8, 1), gradients(tmp_path, 1, 8)
+    assert whole.keys() == split.keys()
+    assert sum(gradient.norm() for gradient in whole.values()) > 0
+    for name, gradient in whole.items():
+        torch.testing.assert_close(split[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "head"])
+def test_a_resumed_run_ends_with_the_same_weights_bit_by_bit(tmp_path: Path, kind: str) -> None:
+    train_lenvm(make_run(tmp_path, kind, "whole", save_steps=2))
+    interrupted = make_run(tmp_path, kind, "resumed", save_steps=2)
+    train_lenvm(interrupted)
+    (tmp_path / "resumed" / "checkpoint-4" / "trainer_state.json").unlink()  # as a full disk leaves it
+    torch.manual_seed(123)
+    train_lenvm(interrupted)
+    whole, resumed = (weights(tmp_path / name / "checkpoint-4") for name in ("whole", "resumed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    start = build_lenvm(interrupted.model, TARGET).state_dict()
+    assert not torch.equal(start["value_head.fc.weight"], whole["value_head.fc.weight"])
+
+
+def test_half_written_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert not (tmp_path / "checkpoint-10").exists()
+
+
+def test_an_output_folder_belongs_to_one_run(tmp_path: Path) -> None:
+    train_lenvm(make_run(tmp_path, "head", max_steps=1))
+    with pytest.raises(ValueError, match="holds a run of other settings"):
+        train_lenvm(make_run(tmp_path, "head", max_steps=2))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"learning_rat": 1}, r"training\.learning_rat: not one of"),
+        ({"label_names": ["x"]}, r"training\.label_names: is set by the trainer itself"),
+        ({"lr_scheduler_type": "square"}, "training: .*square"),
+    ],
+)
+def test_bad_training_arguments_are_named(tmp_path: Path, bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        training_arguments({"output_dir": str(tmp_path), **bad})

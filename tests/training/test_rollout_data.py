@@ -1,0 +1,112 @@
+"""Rollout rows into batches: exact ids, right labels, subsets that grow, and one clear line for each bad file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lenvm_training.rollout_data import (
+    DataSettings,
+    RolloutCollator,
+    RolloutDataset,
+    RolloutFileError,
+    check_tokenizer,
+    load_rollouts,
+    select_rollouts,
+    tokenizer_fingerprint,
+)
+from tiny import VOCAB_SIZE, make_rows, make_tokenizer, write_rows
+
+
+def test_batches_hold_the_exact_ids_and_remaining_lengths(tmp_path: Path) -> None:
+    rows = load_rollouts([write_rows(tmp_path / "r.jsonl", make_rows(4))])
+    dataset = RolloutDataset(rows)
+    assert dataset.num_censored == 1
+    assert len(dataset) == 15
+    batch = RolloutCollator(0)([dataset[index] for index in range(len(dataset))])
+    for index, row in enumerate(dataset.rows):
+        prompt_len, length = len(row["prompt_token_ids"]), len(row["output_token_ids"])
+        total = prompt_len + length
+        ids = list(row["prompt_token_ids"]) + list(row["output_token_ids"])
+        assert batch["input_ids"][index].tolist() == ids + [0] * (batch["input_ids"].shape[1] - total)
+        assert batch["attention_mask"][index].sum() == total
+        labels = batch["labels"][index].tolist()
+        assert labels[: prompt_len - 1] == [-100] * (prompt_len - 1)
+        assert labels[prompt_len - 1 : total] == list(range(length, -1, -1))
+        assert set(labels[total:]) <= {-100}
+
+
+def test_less_data_is_a_subset_of_more(tmp_path: Path) -> None:
+    rows = load_rollouts([write_rows(tmp_path / "r.jsonl", make_rows(10))])
+    keys = [
+        {
+            (row["prompt_id"], row["sample"])
+            for row in select_rollouts(rows, DataSettings((), max_prompts=prompts, max_samples_per_prompt=samples))
+        }
+        for prompts, samples in ((2, 1), (2, 3), (6, 3), (None, None))
+    ]
+    assert [len(part) for part in keys] == [2, 6, 18, 40]
+    assert keys[0] < keys[1] < keys[2] < keys[3]
+    backwards = select_rollouts(rows[::-1], DataSettings((), max_prompts=6, max_samples_per_prompt=3))
+    assert {(row["prompt_id"], row["sample"]) for row in backwards} == keys[2]
+    short = select_rollouts(rows, DataSettings((), max_tokens=10))
+    assert short
+    assert all(len(row["prompt_token_ids"]) + len(row["output_token_ids"]) <= 10 for row in short)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt_id": "a"}\n', r"r\.jsonl:2: field 'sample' is missing"),
+        ("nonsense\n", r"r\.jsonl:2: not a JSON object"),
+        ('{"prompt_id": "a", "sam', "the last line is cut off"),
+    ],
+)
+def test_a_bad_file_is_one_clear_line(tmp_path: Path, line: str, message: str) -> None:
+    path = write_rows(tmp_path / "r.jsonl", make_rows(1, num_samples=1))
+    path.write_text(path.read_text() + line)
+    with pytest.raises(RolloutFileError, match=message):
+        load_rollouts([path])
+
+
+def test_ids_that_are_no_ids_and_missing_files_are_named(tmp_path: Path) -> None:
+    row = make_rows(1)[0] | {"output_token_ids": [1, "two"]}
+    with pytest.raises(RolloutFileError, match="'output_token_ids' must hold token ids"):
+        load_rollouts([write_rows(tmp_path / "r.jsonl", [row])])
+    with pytest.raises(RolloutFileError, match=r"no\.jsonl: cannot be read"):
+        load_rollouts([tmp_path / "no.jsonl"])
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(RolloutFileError, match=r"no rollouts in .*empty\.jsonl"):
+        load_rollouts([tmp_path / "empty.jsonl"])
+
+
+def test_mixed_tokenizers_are_refused(tmp_path: Path) -> None:
+    def tagged(name: str, tag: str) -> Path:
+        return write_rows(tmp_path / name, [row | {"tokenizer": tag} for row in make_rows(1)])
+
+    with pytest.raises(RolloutFileError, match=r"different tokenizers: .*a\.jsonl:1 and .*b\.jsonl:1"):
+        load_rollouts([tagged("a.jsonl", "1"), tagged("b.jsonl", "2")])
+    tokenizer = make_tokenizer()
+    right: list[dict[str, Any]] = [row | {"tokenizer": tokenizer_fingerprint(tokenizer)} for row in make_rows(1)]
+    check_tokenizer(right, tokenizer, VOCAB_SIZE)
+    with pytest.raises(RolloutFileError, match="another tokenizer"):
+        check_tokenizer([right[0] | {"tokenizer": "0"}], tokenizer, VOCAB_SIZE)
+    with pytest.raises(RolloutFileError, match="token id 99, but the backbone has 64 tokens"):
+        check_tokenizer([right[0] | {"output_token_ids": [99]}], tokenizer, VOCAB_SIZE)
+
+
+def test_a_tokenizers_fingerprint_is_its_vocabulary() -> None:
+    first, second = make_tokenizer(), make_tokenizer()
+    assert tokenizer_fingerprint(first) == tokenizer_fingerprint(second)
+    second.add_tokens(["new"])
+    assert tokenizer_fingerprint(first) != tokenizer_fingerprint(second)
+
+
+def test_rows_survive_json(tmp_path: Path) -> None:
+    row = make_rows(1)[0] | {"note": "line\u2028separator"}
+    path = write_rows(tmp_path / "r.jsonl", [row])
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert len(load_rollouts([path])) == 1

@@ -1,0 +1,182 @@
+"""Trains a `model.LenVM` on rollouts with transformers' Trainer, and leaves a folder that can be served.
+
+Everything of the Trainer's own stays its own (schedules, bf16, gradient accumulation, FSDP and DeepSpeed
+through its arguments, TensorBoard); added are the LenVM folder as the form of its checkpoints, and the
+figures of `metrics`. A run that is started again goes on from its last complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
+
+from lenvm_training import plots
+from lenvm_training.metrics import FIGURES, state_metrics
+from lenvm_training.model import (
+    LenVM,
+    ModelSettings,
+    build_lenvm,
+    load_language_model,
+    resolve_folder,
+    restore_lenvm,
+    save_lenvm,
+)
+from lenvm_training.model_card import FIGURES_FILE, write_lenvm_card
+from lenvm_training.rollout_data import (
+    DataSettings,
+    RolloutCollator,
+    RolloutDataset,
+    check_tokenizer,
+    load_rollouts,
+    select_rollouts,
+)
+from lenvm_training.targets import TargetConfig
+
+RESULT_FOLDER = "lenvm"
+SETTINGS_FILE = "run_config.json"
+FIXED_ARGUMENTS = {"remove_unused_columns": False, "label_names": ["labels"], "save_only_model": False}
+LAST_FILE_OF_CHECKPOINT = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class LenVMRun:
+    """One training run. ``training`` holds transformers.TrainingArguments by their own names."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    model: ModelSettings
+    data: DataSettings
+    training: dict[str, Any]
+    target: TargetConfig = field(default_factory=TargetConfig)
+
+
+class LenVMTrainer(Trainer):
+    """transformers' Trainer whose checkpoints are LenVM folders."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        save_lenvm(_unwrap(self.model), Path(output_dir or self.args.output_dir), state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            restore_lenvm(_unwrap(model or self.model), Path(resume_from_checkpoint))
+
+
+def _unwrap(model: Any) -> LenVM:
+    while not isinstance(model, LenVM):
+        model = model.module
+    return model
+
+
+def train_lenvm(run: LenVMRun) -> dict[str, float]:
+    """Train as ``run`` says; returns the held-out figures, which also lie in the folder ``lenvm`` of the output.
+
+    Raises ValueError for settings and data that cannot be used, before anything is loaded where possible.
+    """
+    arguments = training_arguments(run.training)
+    output = Path(arguments.output_dir)
+    _claim_output(output, run)
+    torch.manual_seed(arguments.seed)
+    train, held_out = (_load_dataset(paths, run.data) for paths in (run.data.rollouts, run.data.eval_rollouts))
+    model = build_lenvm(run.model, run.target)
+    folder = resolve_folder(run.model.backbone)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for dataset in (train, held_out):
+        if dataset is not None:
+            check_tokenizer(dataset.rows, tokenizer, model.config.get_text_config().vocab_size)
+    trainer = LenVMTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=_build_collator(model, folder, tokenizer),
+        compute_metrics=lambda output: state_metrics(output.predictions, output.label_ids, model.space),
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(output))
+    figures = _own_figures(trainer.evaluate()) if held_out is not None else {}
+    trainer.save_model(str(output / RESULT_FOLDER))  # on every process: gathers sharded weights
+    if trainer.is_world_process_zero():
+        _complete_result(trainer, tokenizer, run, figures)
+    return figures
+
+
+def training_arguments(settings: dict[str, Any]) -> TrainingArguments:
+    """transformers.TrainingArguments of a mapping. Raises ValueError naming an unknown or unusable key."""
+    fixed = sorted(FIXED_ARGUMENTS.keys() & settings.keys())
+    if fixed:
+        raise ValueError(f"training.{fixed[0]}: is set by the trainer itself")
+    known = TrainingArguments.__dataclass_fields__
+    for name in settings:
+        if name not in known:
+            raise ValueError(f"training.{name}: not one of transformers.TrainingArguments")
+    try:
+        (parsed,) = HfArgumentParser(TrainingArguments).parse_dict({**settings, **FIXED_ARGUMENTS})
+    except (ValueError, TypeError, ImportError) as error:
+        raise ValueError(f"training: {str(error).splitlines()[0]}") from None
+    arguments: TrainingArguments = parsed
+    return arguments
+
+
+def last_checkpoint(output: Path) -> str | None:
+    """The newest complete checkpoint of a run; newer ones that a crash or a full disk left half written are removed."""
+    folders = sorted(output.glob("checkpoint-*"), key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)
+    for folder in folders:
+        if (folder / LAST_FILE_OF_CHECKPOINT).exists():
+            return str(folder)
+        shutil.rmtree(folder)
+    return None
+
+
+def _load_dataset(paths: tuple[str, ...], settings: DataSettings) -> RolloutDataset | None:
+    if not paths:
+        return None
+    dataset = RolloutDataset(select_rollouts(load_rollouts(paths), settings))
+    if not len(dataset):
+        raise ValueError(f"data: no finished completion within {settings.max_tokens} tokens in {', '.join(paths)}")
+    return dataset
+
+
+def _build_collator(model: LenVM, folder: Path, tokenizer: Any) -> RolloutCollator:
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if not model.takes_images:
+        return RolloutCollator(pad_token_id)
+    return RolloutCollator(pad_token_id, AutoImageProcessor.from_pretrained(folder), model.config.image_token_id)
+
+
+def _claim_output(output: Path, run: LenVMRun) -> None:
+    """Keep the settings beside the checkpoints. Raises ValueError when they are those of another run."""
+    path = output / SETTINGS_FILE
+    settings = TypeAdapter(LenVMRun).dump_json(run, indent=2).decode() + "\n"
+    if path.exists() and path.read_text() != settings:
+        raise ValueError(f"training.output_dir: {output} holds a run of other settings (see {SETTINGS_FILE} there)")
+    output.mkdir(parents=True, exist_ok=True)
+    path.write_text(settings)
+
+
+def _own_figures(metrics: dict[str, float]) -> dict[str, float]:
+    """The figures of `metrics.state_metrics`, without the Trainer's own entries (times, rates, its loss)."""
+    own = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+    return {name: value for name, value in own.items() if name in FIGURES or name.rpartition("_")[0] in FIGURES}
+
+
+def _complete_result(trainer: LenVMTrainer, tokenizer: Any, run: LenVMRun, figures: dict[str, float]) -> None:
+    """Weights in their final precision, tokenizer, figures, plots and card beside the value head."""
+    folder = Path(trainer.args.output_dir) / RESULT_FOLDER
+    if run.model.kind == "full" and run.model.save_dtype != run.model.dtype:
+        load_language_model(folder, getattr(torch, run.model.save_dtype)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / FIGURES_FILE).write_text(json.dumps(figures, indent=2) + "\n")
+    plots.plot_loss(folder / "loss.png", trainer.state.log_history)
+    if figures:
+        plots.plot_error_by_position(folder / "error_by_position.png", figures)
+    settings = {"model": asdict(run.model), "target": asdict(run.target), "training": run.training}
+    write_lenvm_card(folder, settings, trainer.train_dataset.rows, getattr(trainer.eval_dataset, "rows", []), figures)

@@ -1,0 +1,212 @@
+"""From rollout files to training batches: checked rows, exact token ids, padded tensors, images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lenvm_training.rollouts import FINISHED, TRUNCATED
+from lenvm_training.targets import IGNORED, remaining_labels
+
+REQUIRED_FIELDS = {
+    "prompt_id": str,
+    "sample": int,
+    "prompt_token_ids": list,
+    "output_token_ids": list,
+    "finish_reason": str,
+}
+TOKEN_FIELDS = ("prompt_token_ids", "output_token_ids")
+
+
+class RolloutFileError(ValueError):
+    """A rollout file that cannot be used; the message names the file, the line and what is wrong."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which rollouts to train on. Rows of more than ``max_tokens`` (prompt and completion) are left out."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    rollouts: tuple[str, ...]
+    eval_rollouts: tuple[str, ...] = ()
+    max_tokens: int = 4096
+    max_prompts: int | None = None
+    max_samples_per_prompt: int | None = None
+    seed: int = 0
+
+
+def load_rollouts(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """All rows of rollout files of one tokenizer, token ids as int32 arrays. Raises RolloutFileError."""
+    rows: list[dict[str, Any]] = []
+    tokenizers: dict[str, str] = {}
+    for path in map(Path, paths):
+        for number, line in enumerate(_lines(path), 1):
+            row = _parse_row(line, f"{path}:{number}")
+            tokenizers.setdefault(row.get("tokenizer", ""), f"{path}:{number}")
+            rows.append(row)
+    tokenizers.pop("", None)
+    if len(tokenizers) > 1:
+        raise RolloutFileError(f"rollouts of different tokenizers: {' and '.join(list(tokenizers.values())[:2])}")
+    if not rows:
+        raise RolloutFileError(f"no rollouts in {', '.join(map(str, paths)) or 'no file'}")
+    return rows
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as stream:
+            for line in stream:
+                if not line.endswith("\n"):
+                    raise RolloutFileError(f"{path}: the last line is cut off; sample again, it goes on from there")
+                yield line
+    except (OSError, UnicodeDecodeError) as error:
+        raise RolloutFileError(f"{path}: cannot be read ({error})") from None
+
+
+def _parse_row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError:
+        raise RolloutFileError(f"{where}: not a JSON object") from None
+    for name, kind in REQUIRED_FIELDS.items():
+        if not isinstance(row.get(name), kind):
+            raise RolloutFileError(f"{where}: field {name!r} is missing or not of type {kind.__name__}")
+    for name in TOKEN_FIELDS:
+        try:
+            row[name] = array("i", row[name])
+        except (TypeError, OverflowError):
+            raise RolloutFileError(f"{where}: field {name!r} must hold token ids") from None
+    return row
+
+
+def select_rollouts(rows: Sequence[dict[str, Any]], settings: DataSettings) -> list[dict[str, Any]]:
+    """Rows within ``max_tokens``, of at most ``max_prompts`` prompts and so many samples each, seeded.
+
+    Which prompts and samples are kept does not depend on the order of the rows, and fewer are a subset
+    of more (so that a learning curve adds data and does not change it).
+    """
+    rank = {row["prompt_id"]: _draw(settings.seed, row["prompt_id"]) for row in rows}
+    prompts = set(sorted(rank, key=rank.__getitem__)[: settings.max_prompts])
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["prompt_id"] in prompts and row["output_token_ids"] and row["finish_reason"] in (FINISHED, TRUNCATED):
+            groups.setdefault(row["prompt_id"], []).append(row)
+    kept = []
+    for prompt_id, group in groups.items():
+        group.sort(key=lambda row: _draw(settings.seed, prompt_id, row["sample"]))
+        kept += group[: settings.max_samples_per_prompt]
+    return [row for row in kept if _num_tokens(row) <= settings.max_tokens]
+
+
+def _draw(*key: object) -> float:
+    return random.Random(":".join(map(str, key))).random()
+
+
+def _num_tokens(row: dict[str, Any]) -> int:
+    return len(row["prompt_token_ids"]) + len(row["output_token_ids"])
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """16 hex digits of the vocabulary: equal for tokenizers that give every id the same text."""
+    entries = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
+
+
+def check_tokenizer(rows: Sequence[dict[str, Any]], tokenizer: Any, vocab_size: int) -> None:
+    """Raise RolloutFileError unless the rows' ids are of this tokenizer (as far as the rows tell)."""
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    for row in rows:
+        if row.get("tokenizer", fingerprint) != fingerprint:
+            name = f"prompt {row['prompt_id']} sample {row['sample']}"
+            raise RolloutFileError(f"{name}: sampled with another tokenizer than the backbone's")
+        largest = max(max(row["prompt_token_ids"]), max(row["output_token_ids"]))
+        if largest >= vocab_size:
+            name = f"prompt {row['prompt_id']} sample {row['sample']}"
+            raise RolloutFileError(f"{name}: token id {largest}, but the backbone has {vocab_size} tokens")
+
+
+class RolloutDataset(torch.utils.data.Dataset[dict[str, Any]]):
+    """One completion an item: ``input_ids``, ``labels`` (remaining lengths), ``images`` (paths), ``name``.
+
+    Censored rows (cut by the token limit) are left out: they have no target.
+    """
+
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.rows = [row for row in rows if row["finish_reason"] == FINISHED]
+        self.num_censored = len(rows) - len(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        prompt, output = row["prompt_token_ids"], row["output_token_ids"]
+        return {
+            "input_ids": prompt + output,
+            "labels": remaining_labels(len(prompt), len(output), finished=True),
+            "images": row.get("images", []),
+            "name": f"prompt {row['prompt_id']} sample {row['sample']}",
+        }
+
+
+class RolloutCollator:
+    """Items of `RolloutDataset` -> ``input_ids``, ``attention_mask``, ``labels`` [B, T], padded on the right.
+
+    With an ``image_processor`` (of a vision-language backbone), also its tensors and ``mm_token_type_ids``.
+    """
+
+    def __init__(self, pad_token_id: int, image_processor: Any = None, image_token_id: int = -1) -> None:
+        self._pad_token_id = pad_token_id
+        self._image_processor = image_processor
+        self._image_token_id = image_token_id
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        ids = [torch.tensor(item["input_ids"], dtype=torch.int64) for item in items]
+        batch = {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self._pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            "labels": pad_sequence([torch.tensor(item["labels"]) for item in items], True, IGNORED),
+        }
+        return batch | self._image_tensors(items, batch["input_ids"])
+
+    def _image_tensors(self, items: Sequence[dict[str, Any]], input_ids: Tensor) -> dict[str, Tensor]:
+        paths = [path for item in items for path in item["images"]]
+        if self._image_processor is None:
+            if paths:
+                raise RolloutFileError(f"{paths[0]}: the rollouts have images, the backbone takes none")
+            return {}
+        is_image = input_ids.eq(self._image_token_id)
+        tensors: dict[str, Tensor] = {"mm_token_type_ids": is_image.int()}
+        if paths:
+            tensors |= dict(self._image_processor(images=[open_image(path) for path in paths], return_tensors="pt"))
+            self._check_image_tokens(items, is_image, tensors["image_grid_thw"])
+        return tensors
+
+    def _check_image_tokens(self, items: Sequence[dict[str, Any]], is_image: Tensor, grids: Tensor) -> None:
+        per_image = (grids.prod(-1) // self._image_processor.merge_size**2).tolist()
+        for item, found in zip(items, is_image.sum(-1).tolist(), strict=True):
+            count = len(item["images"])
+            expected, per_image = sum(per_image[:count]), per_image[count:]
+            if found != expected:
+                raise RolloutFileError(f"{item['name']}: {found} image tokens, its images stand for {expected}")
+
+
+def open_image(path: str) -> Any:
+    """The image file as RGB. Raises RolloutFileError."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise RolloutFileError(f"{path}: cannot be read as an image ({error})") from None
