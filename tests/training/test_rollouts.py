@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from lenvm_training.endpoints import EngineError, Retry, Sampling
 from lenvm_training.prompts import Prompt, PromptFileError, prompts_from_file, read_prompts, template_prompts
-from lenvm_training.rollouts import EngineError, Sampling, read_rollouts, sample_rollouts
+from lenvm_training.rollouts import ChatEncoder, RolloutWriteError, read_rollouts, sample_rollouts
 
 PROMPTS = [Prompt(f"p{index}", "math", [{"role": "user", "content": str(index)}]) for index in range(5)]
+AT_ONCE = Retry(attempts=3, first_delay_s=0.0)
 
 
 class Tokenizer:
+    def __init__(self, size: int = 8) -> None:
+        self.size = size
+
     def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [int(messages[0]["content"]), 7]}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {str(index): index for index in range(self.size)}
 
 
 def engine(requests: list[dict[str, Any]], fail_after: int = 10**9) -> httpx.MockTransport:
@@ -31,10 +42,11 @@ def engine(requests: list[dict[str, Any]], fail_after: int = 10**9) -> httpx.Moc
     return httpx.MockTransport(answer)
 
 
-def sample(path: Path, transport: httpx.MockTransport, stop: asyncio.Event | None = None) -> int:
-    return asyncio.run(
-        sample_rollouts(PROMPTS, Tokenizer(), "http://engine", path, 2, Sampling(), 3, stop=stop, transport=transport)
-    )
+def sample(path: Path, transport: httpx.MockTransport, **options: Any) -> int:
+    encoder = ChatEncoder(options.pop("tokenizer", Tokenizer()))
+    prompts = options.pop("prompts", PROMPTS)
+    options = {"retry": AT_ONCE, "transport": transport, "concurrency": 3} | options
+    return asyncio.run(sample_rollouts(prompts, encoder, "http://engine", path, 2, Sampling(), **options))
 
 
 def test_every_completion_is_sampled_once(tmp_path: Path) -> None:
@@ -44,13 +56,14 @@ def test_every_completion_is_sampled_once(tmp_path: Path) -> None:
     rows = list(read_rollouts(path))
     assert len({(row["prompt_id"], row["sample"]) for row in rows}) == 10
     assert rows[0]["sampling"] == {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 640}
+    assert rows[0]["output_token_ids"] == [1, 2]
     assert sample(path, engine(requests)) == 0
     assert len(requests) == 10
 
 
 def test_a_run_goes_on_after_the_engine_died_and_a_line_was_cut(tmp_path: Path) -> None:
     path = tmp_path / "rollouts.jsonl"
-    with pytest.raises(EngineError):
+    with pytest.raises(EngineError, match="http://engine does not answer"):
         sample(path, engine([], fail_after=4))
     kept = path.read_text()
     path.write_text(kept[:-20])
@@ -58,10 +71,151 @@ def test_a_run_goes_on_after_the_engine_died_and_a_line_was_cut(tmp_path: Path) 
     assert len({(row["prompt_id"], row["sample"]) for row in read_rollouts(path)}) == 10
 
 
+@pytest.mark.parametrize("cut", [1, 5, 70_000])
+def test_a_half_line_of_any_length_is_cut_off(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "rollouts.jsonl"
+    sample(path, engine([]))
+    whole = path.read_text()
+    path.write_text(whole + '{"prompt_id": "' + "x" * cut)
+    assert sample(path, engine([])) == 0
+    assert path.read_text() == whole
+    path.write_text("x" * cut)
+    assert sample(path, engine([])) == 10
+
+
+def flaky(failures: int, fail: Callable[[], httpx.Response]) -> httpx.MockTransport:
+    """Each request fails so many times before it is answered."""
+    seen: dict[bytes, int] = {}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen[request.content] = seen.get(request.content, 0) + 1
+        if seen[request.content] <= failures:
+            return fail()
+        return httpx.Response(200, json={"output_ids": [5], "meta_info": {"finish_reason": {"type": "stop"}}})
+
+    return httpx.MockTransport(answer)
+
+
+def drop() -> httpx.Response:
+    raise httpx.ReadError("dropped")
+
+
+@pytest.mark.parametrize("fail", [drop, lambda: httpx.Response(503), lambda: httpx.Response(429)])
+def test_passing_failures_are_tried_again(tmp_path: Path, fail: Callable[[], httpx.Response]) -> None:
+    path = tmp_path / "rollouts.jsonl"
+    assert sample(path, flaky(2, fail)) == 10
+    assert len(list(read_rollouts(path))) == 10
+    with pytest.raises(EngineError):
+        sample(tmp_path / "other.jsonl", flaky(9, fail))
+
+
+def test_a_refusal_is_not_tried_again(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"engine refused prompt p\d: 400 too long"):
+        sample(tmp_path / "r.jsonl", flaky(1, lambda: httpx.Response(400, text="too long")))
+
+
+def test_delays_double_up_to_the_limit() -> None:
+    retry = Retry(attempts=5, first_delay_s=1.0, max_delay_s=5.0)
+    assert [retry.delay_s(failures) for failures in (1, 2, 3, 4, 5)] == [1, 2, 4, 5, 5]
+
+
 def test_nothing_new_begins_after_stop(tmp_path: Path) -> None:
     stop = asyncio.Event()
     stop.set()
-    assert sample(tmp_path / "rollouts.jsonl", engine([]), stop) == 0
+    assert sample(tmp_path / "rollouts.jsonl", engine([]), stop=stop) == 0
+
+
+def test_a_file_belongs_to_one_tokenizer(tmp_path: Path) -> None:
+    path = tmp_path / "rollouts.jsonl"
+    sample(path, engine([]))
+    with pytest.raises(ValueError, match="another tokenizer"):
+        sample(path, engine([]), tokenizer=Tokenizer(9))
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Files cannot grow beyond ``size`` bytes, as on a full disk: a short write, then an error."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_a_file_that_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "rollouts.jsonl"
+    with full_disk(1000), pytest.raises(RolloutWriteError, match="rows written so far stay"):
+        sample(path, engine([]))
+    assert path.stat().st_size == 1000
+    kept = len(list(read_rollouts(path)))
+    assert 0 < kept < 10
+    assert sample(path, engine([])) == 10 - kept
+    assert len({(row["prompt_id"], row["sample"]) for row in read_rollouts(path)}) == 10
+
+
+def openai_server(bodies: list[Any], choice: dict[str, Any]) -> httpx.MockTransport:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "served"}]})
+        bodies.append((request.url.path, json.loads(request.content)))
+        return httpx.Response(200, json={"choices": [choice]})
+
+    return httpx.MockTransport(answer)
+
+
+def test_an_openai_endpoint_gets_and_gives_token_ids(tmp_path: Path) -> None:
+    path, bodies = tmp_path / "rollouts.jsonl", []
+    transport = openai_server(bodies, {"text": "x", "token_ids": [9, 1], "finish_reason": "length"})
+    assert sample(path, transport, api="openai") == 10
+    route, body = bodies[0]
+    assert route == "/v1/completions"
+    assert body["prompt"][1] == 7
+    assert {key: body[key] for key in ("model", "max_tokens", "return_token_ids", "temperature", "top_p")} == {
+        "model": "served",
+        "max_tokens": 640,
+        "return_token_ids": True,
+        "temperature": 1.0,
+        "top_p": 1.0,
+    }
+    row = next(iter(read_rollouts(path)))
+    assert (row["output_token_ids"], row["finish_reason"]) == ([9, 1], "length")
+
+
+def test_an_endpoint_without_token_ids_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="returns no token ids"):
+        sample(tmp_path / "r.jsonl", openai_server([], {"text": "x", "finish_reason": "stop"}), api="openai")
+
+
+def test_images_go_as_data_and_stay_in_the_row(tmp_path: Path) -> None:
+    image = tmp_path / "dot.png"
+    image.write_bytes(b"png bytes")
+    content = [{"type": "image"}, {"type": "text", "text": "3"}]
+    prompt = Prompt("seen", "images", [{"role": "user", "content": content}], [str(image)])
+
+    class Encoder:
+        fingerprint = "f"
+
+        def encode(self, prompt: Prompt) -> list[int]:
+            return [4, 4, 4]
+
+    bodies: list[Any] = []
+    transport = openai_server(bodies, {"token_ids": [1], "finish_reason": "stop"})
+    path = tmp_path / "r.jsonl"
+    run = sample_rollouts(
+        [prompt], Encoder(), "http://e", path, 1, Sampling(), api="openai", retry=AT_ONCE, transport=transport
+    )
+    assert asyncio.run(run) == 1
+    route, body = bodies[0]
+    assert route == "/v1/chat/completions"
+    assert body["messages"][0]["content"][0] == {
+        "type": "image_url",
+        "image_url": {"url": "data:image/png;base64,cG5nIGJ5dGVz"},
+    }
+    (row,) = read_rollouts(path)
+    assert row["images"] == [str(image)]
+    with pytest.raises(EngineError, match="images need an OpenAI-compatible endpoint"):
+        sample(tmp_path / "other.jsonl", engine([]), prompts=[Prompt("s", "i", PROMPTS[0].messages, [str(image)])])
 
 
 def test_templates_give_different_prompts_and_are_reproducible() -> None:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lenvm_kernels import torchvision_schema
+from lenvm_training.endpoints import EngineError, Sampling
 from lenvm_training.prompts import Prompt, PromptFileError, prompts_from_file, read_prompts, template_prompts
-from lenvm_training.rollouts import EngineError, Sampling, read_rollouts, sample_rollouts
+from lenvm_training.rollouts import ChatEncoder, RolloutWriteError, read_rollouts, sample_rollouts
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (PromptFileError, OSError, ValueError) as error:
         print(f"lenvm_training: {error}", file=sys.stderr)
         return 2
-    except EngineError as error:
+    except (EngineError, RolloutWriteError) as error:
         print(f"lenvm_training: {error} (run the same command again to go on)", file=sys.stderr)
         return 1
     return 0
@@ -121,7 +122,14 @@ async def _sample(prompts: list[Prompt], tokenizer: Any, sampling: Sampling, par
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
     return await sample_rollouts(
-        prompts, tokenizer, parsed.engine_url, parsed.out, parsed.samples, sampling, parsed.concurrency, stop=stop
+        prompts,
+        ChatEncoder(tokenizer),
+        parsed.engine_url,
+        parsed.out,
+        parsed.samples,
+        sampling,
+        parsed.concurrency,
+        stop=stop,
     )
 
 

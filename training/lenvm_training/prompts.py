@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -83,18 +83,36 @@ class PromptFileError(ValueError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One conversation to answer. ``id`` is unique in its file; ``domain`` groups the evaluation."""
+    """One conversation to answer. ``id`` is unique in its file; ``domain`` groups the evaluation.
+
+    ``images`` are files, in the order of the image parts of ``messages``.
+    """
 
     id: str
     domain: str
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
+    images: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """All text of the conversation."""
+        return "\n".join(part for message in self.messages for part in _texts(message["content"]))
 
     def to_json(self) -> str:
-        return json.dumps({"id": self.id, "domain": self.domain, "messages": self.messages}, ensure_ascii=False)
+        fields = {"id": self.id, "domain": self.domain, "messages": self.messages}
+        return json.dumps(fields | ({"images": self.images} if self.images else {}), ensure_ascii=False)
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> Prompt:
-        return cls(id=str(row["id"]), domain=str(row["domain"]), messages=list(row["messages"]))
+        images = [str(path) for path in row.get("images", [])]
+        return cls(id=str(row["id"]), domain=str(row["domain"]), messages=list(row["messages"]), images=images)
+
+
+def _texts(content: Any) -> list[str]:
+    """The text of a message: a string, or a list of parts of which images have none."""
+    if isinstance(content, str):
+        return [content]
+    return [str(part["text"]) for part in content if part.get("type") == "text"]
 
 
 def read_prompts(path: Path) -> list[Prompt]:

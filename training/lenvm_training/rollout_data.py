@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from array import array
@@ -17,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lenvm_training.rollouts import FINISHED, TRUNCATED
 from lenvm_training.targets import IGNORED, remaining_labels
+from lenvm_training.tokens import tokenizer_fingerprint
 
 REQUIRED_FIELDS = {
     "prompt_id": str,
@@ -115,12 +115,6 @@ def _draw(*key: object) -> float:
 
 def _num_tokens(row: dict[str, Any]) -> int:
     return len(row["prompt_token_ids"]) + len(row["output_token_ids"])
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """16 hex digits of the vocabulary: equal for tokenizers that give every id the same text."""
-    entries = sorted((index, token) for token, index in tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
 
 
 def check_tokenizer(rows: Sequence[dict[str, Any]], tokenizer: Any, vocab_size: int) -> None:

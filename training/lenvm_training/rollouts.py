@@ -1,61 +1,98 @@
-"""Sample completions of prompts from the served engine into a resumable JSONL file.
+"""Sample completions of prompts from a served model into a resumable JSONL file.
 
 One row a completion: ``{"prompt_id", "domain", "sample", "prompt_token_ids", "output_token_ids",
-"finish_reason", "sampling"}``. ``output_token_ids`` includes the end token of a finished answer.
-A run that is started again samples only what is missing.
+"finish_reason", "sampling", "tokenizer"}`` and ``images`` where the prompt has some.
+``output_token_ids`` includes the end token of a finished answer; ``tokenizer`` is the fingerprint of
+the vocabulary. A run that is started again samples only what is missing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 import random
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 from tqdm import tqdm
 
+from lenvm_training.endpoints import Endpoint, Request, Retry, Sampling, connect
 from lenvm_training.prompts import Prompt
+from lenvm_training.tokens import tokenizer_fingerprint
 
 FINISHED = "stop"
 TRUNCATED = "length"
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How completions are drawn; stored with each row. Temperature 1 and top-p 1: the model's own distribution."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int = 640
+class RolloutWriteError(RuntimeError):
+    """A row could not be written (a full disk, say); the rows before it stay."""
 
 
-class EngineError(RuntimeError):
-    """The engine did not answer, or refused a request."""
+class PromptEncoder(Protocol):
+    """How a prompt becomes the token ids that are completed."""
+
+    fingerprint: str
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The prompt up to where the answer starts."""
+
+
+class ChatEncoder:
+    """The model's chat template, up to and including the start of the answer. Text only."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.fingerprint = tokenizer_fingerprint(tokenizer)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        return prompt_token_ids(self._tokenizer, prompt)
+
+
+class ImageChatEncoder:
+    """The chat template of a vision-language model's processor: image tokens as many as the images need."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self.fingerprint = tokenizer_fingerprint(processor.tokenizer)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        from lenvm_training.rollout_data import open_image
+
+        text = self._processor.apply_chat_template(prompt.messages, add_generation_prompt=True, tokenize=False)
+        images = [open_image(path) for path in prompt.images] or None
+        encoded = self._processor(text=[text], images=images)
+        return [int(token) for token in encoded["input_ids"][0]]
 
 
 async def sample_rollouts(
     prompts: list[Prompt],
-    tokenizer: Any,
+    encoder: PromptEncoder,
     engine_url: str,
     path: Path,
     num_samples: int,
     sampling: Sampling,
     concurrency: int = 64,
     seed: int = 0,
+    api: str = "engine",
+    retry: Retry | None = None,
     stop: asyncio.Event | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> int:
     """Append the missing completions to ``path``, in shuffled order; return how many were added.
 
     Once ``stop`` is set no new completion is begun, and those under way are finished: cutting them off
-    would leave out the long ones. Raises EngineError when the engine is down; rows already written stay.
+    would leave out the long ones. Raises EngineError when the engine stays down, RolloutWriteError when
+    a row cannot be written; rows already written stay.
     """
+    done = _completed(path, encoder.fingerprint)
     jobs = [(prompt, sample) for prompt in prompts for sample in range(num_samples)]
-    done = _completed(path)
     missing = [job for job in jobs if (job[0].id, job[1]) not in done]
     random.Random(seed).shuffle(missing)
     queue = iter(missing)
@@ -63,40 +100,110 @@ async def sample_rollouts(
     path.parent.mkdir(parents=True, exist_ok=True)
     limits = httpx.Limits(max_connections=concurrency)
     async with httpx.AsyncClient(base_url=engine_url, timeout=None, limits=limits, transport=transport) as client:
-        with path.open("a", encoding="utf-8") as stream, tqdm(total=len(jobs), initial=len(done)) as progress:
+        endpoint = await connect(api, client, retry or Retry())
+        with _writer(path) as write, _Progress(len(jobs), len(jobs) - len(missing)) as progress:
 
             async def work() -> None:
                 nonlocal added
                 for prompt, sample in queue:
                     if stop is not None and stop.is_set():
                         return
-                    row = await _sample_one(client, prompt, sample, tokenizer, sampling)
-                    stream.write(json.dumps(row) + "\n")
-                    stream.flush()
-                    progress.update()
+                    row = await _sample_one(endpoint, prompt, sample, encoder, sampling)
+                    write(row)
+                    progress.count(row)
                     added += 1
 
-            await asyncio.gather(*(work() for _ in range(concurrency)))
+            await _run_all(work() for _ in range(concurrency))
     return added
+
+
+async def _run_all(coroutines: Iterable[Any]) -> None:
+    """Run together; the first error ends all and is raised itself."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _Progress:
+    """A bar over completions with tokens/s, the share that finished, and the time left."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self._bar = tqdm(total=total, initial=done, unit="completion")
+        self._started = time.monotonic()
+        self._tokens = self._added = self._finished = 0
+
+    def count(self, row: dict[str, Any]) -> None:
+        self._added += 1
+        self._tokens += len(row["output_token_ids"])
+        self._finished += row["finish_reason"] == FINISHED
+        rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
+        share = f"{self._finished / self._added:.0%}"
+        self._bar.set_postfix({"tokens/s": f"{rate:.0f}", "finished": share}, refresh=False)
+        self._bar.update()
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+@contextmanager
+def _writer(path: Path) -> Iterator[Any]:
+    """A function that appends one row, unbuffered: what it returned from is in the file."""
+    with path.open("ab", buffering=0) as stream:
+
+        def write(row: dict[str, Any]) -> None:
+            line = json.dumps(row).encode() + b"\n"
+            try:
+                if stream.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                raise RolloutWriteError(f"{path}: {error.strerror}; the rows written so far stay") from None
+
+        yield write
 
 
 def read_rollouts(path: Path) -> Iterable[dict[str, Any]]:
     """Rows of a rollout file; a last line cut by a crash is left out and sampled again."""
     with path.open(encoding="utf-8") as stream:
-        for line in stream:
-            if line.endswith("\n"):
+        for number, line in enumerate(stream, 1):
+            if not line.endswith("\n"):
+                return
+            try:
                 yield json.loads(line)
+            except json.JSONDecodeError:
+                raise ValueError(f"{path}:{number}: not a JSON object") from None
 
 
-def _completed(path: Path) -> set[tuple[str, int]]:
+def _completed(path: Path, fingerprint: str) -> set[tuple[str, int]]:
     """The completions in ``path``, after cutting off a last line that a crash left half written."""
     if not path.exists():
         return set()
-    content = path.read_bytes()
-    if not content.endswith(b"\n"):
-        with path.open("r+b") as stream:
-            stream.truncate(content.rfind(b"\n") + 1)
-    return {(row["prompt_id"], row["sample"]) for row in read_rollouts(path)}
+    _cut_half_line(path)
+    done = set()
+    for row in read_rollouts(path):
+        if row.get("tokenizer", fingerprint) != fingerprint:
+            raise ValueError(f"{path}: holds rollouts of another tokenizer; write to another file")
+        done.add((row["prompt_id"], row["sample"]))
+    return done
+
+
+def _cut_half_line(path: Path) -> None:
+    with path.open("rb+") as stream:
+        end = stream.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - 65536)
+            stream.seek(start)
+            newline = stream.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                break
+            end = start
+        stream.truncate(start + newline + 1 if end else 0)
 
 
 def prompt_token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -106,23 +213,19 @@ def prompt_token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
 
 
 async def _sample_one(
-    client: httpx.AsyncClient, prompt: Prompt, sample: int, tokenizer: Any, sampling: Sampling
+    endpoint: Endpoint, prompt: Prompt, sample: int, encoder: PromptEncoder, sampling: Sampling
 ) -> dict[str, Any]:
-    token_ids = prompt_token_ids(tokenizer, prompt)
-    body = {"input_ids": token_ids, "sampling_params": asdict(sampling)}
-    try:
-        response = await client.post("/generate", json=body)
-    except httpx.TransportError as error:
-        raise EngineError(f"the engine at {client.base_url} does not answer: {error!r}") from error
-    if response.status_code != 200:
-        raise EngineError(f"the engine refused prompt {prompt.id}: {response.text[:200]}")
-    answer = response.json()
-    return {
+    token_ids = encoder.encode(prompt)
+    request = Request(prompt.id, token_ids, prompt.messages, prompt.images)
+    completion = await endpoint.complete(request, sampling)
+    row = {
         "prompt_id": prompt.id,
         "domain": prompt.domain,
         "sample": sample,
         "prompt_token_ids": token_ids,
-        "output_token_ids": answer["output_ids"],
-        "finish_reason": answer["meta_info"]["finish_reason"]["type"],
+        "output_token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
         "sampling": asdict(sampling),
+        "tokenizer": encoder.fingerprint,
     }
+    return row | ({"images": list(prompt.images)} if prompt.images else {})

@@ -1,0 +1,184 @@
+"""Prompt sources on local files: mapping, images, duplicates, split, self-made prompts, bad input."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from lenvm_training import prompt_sources
+from lenvm_training.prompt_sources import NAMED, ColumnMap, PromptSource, load_prompts, prompt_key, split_prompts
+from lenvm_training.prompts import Prompt, PromptFileError
+from lenvm_training.self_prompts import EmptyTurnEncoder, prompts_from_turns
+from tiny import make_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def no_cache_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def user(text: str) -> Prompt:
+    return Prompt(text, "math", [{"role": "user", "content": text}])
+
+
+def texts(prompts: list[Prompt]) -> set[str]:
+    return {prompt.text for prompt in prompts}
+
+
+def test_a_text_column_is_sampled_without_duplicates(tmp_path: Path) -> None:
+    rows = [{"q": f"Question {index % 8}?", "lang": "en" if index % 2 else "de"} for index in range(40)]
+    path = write_jsonl(tmp_path / "data.jsonl", rows)
+    source = PromptSource(99, path=path, domain="math", columns=ColumnMap(text="q", where={"lang": "en"}))
+    prompts = load_prompts(source, tmp_path, seed=0)
+    assert texts(prompts) == {f"Question {index}?" for index in (1, 3, 5, 7)}
+    assert load_prompts(source, tmp_path, 0) == prompts
+    few = PromptSource(2, path=path, domain="math", columns=ColumnMap(text="q"))
+    assert len(load_prompts(few, tmp_path, 0)) == 2
+
+
+def test_a_conversation_is_cut_before_the_first_answer(tmp_path: Path) -> None:
+    turns = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "Hello?"},
+        {"from": "gpt", "value": "Hi."},
+        {"from": "human", "value": "And then?"},
+    ]
+    path = write_jsonl(tmp_path / "data.jsonl", [{"conversations": turns}])
+    source = PromptSource(5, path=path, domain="chat", columns=ColumnMap(conversation="conversations"))
+    (prompt,) = load_prompts(source, tmp_path, 0)
+    assert prompt.messages == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello?"},
+    ]
+
+
+def named_rows(name: str) -> list[dict[str, Any]]:
+    """Rows of the four data sets' own columns."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 3), (200, 10, 10)).save(buffer, format="PNG")
+    asked = [{"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "Red."}]
+    chat = [{"role": "user", "content": "Tell a joke", "language": "English"}, {"role": "assistant", "content": "No"}]
+    return {
+        "deepmath": [{"question": "1 + 1?", "final_answer": "2", "difficulty": 1.0}],
+        "opencodereasoning": [{"question": "-", "dataset": "taco", "split": "train", "index": "1", "solution": "..."}],
+        "wildchat": [{"conversation_id": "a", "conversation": chat}],
+        "r1-onevision": [{"image": base64.b64encode(buffer.getvalue()).decode(), "conversations": asked}],
+    }[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("deepmath", "1 + 1?"),
+        ("opencodereasoning", "Sort the list."),
+        ("wildchat", "Tell a joke"),
+        ("r1-onevision", "What colour?"),
+    ],
+)
+def test_the_named_data_sets_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
+    tables = {NAMED[name].path: named_rows(name), "BAAI/TACO": [{"question": "x"}, {"question": "Sort the list."}]}
+    asked: list[tuple[str, str]] = []
+
+    def load(path: str, split: str, subset: str | None) -> datasets.Dataset:
+        asked.append((path, split))
+        return datasets.Dataset.from_list(tables[path])
+
+    monkeypatch.setattr(prompt_sources, "load_rows", load)
+    (prompt,) = load_prompts(PromptSource(3, name=name), tmp_path / "images", 0)
+    assert prompt.text == text
+    assert asked[0] == (NAMED[name].path, "python" if name == "opencodereasoning" else "train")
+    assert bool(prompt.images) == (name == "r1-onevision")
+
+
+def test_images_are_kept_as_files_once(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (5, 4), (0, 0, 255))
+    rows = [{"image": picture, "q": "What is it?"}, {"image": picture, "q": "What else?"}]
+    features = datasets.Features({"image": datasets.Image(), "q": datasets.Value("string")})
+    path = str(tmp_path / "data.parquet")
+    datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+    source = PromptSource(5, path=path, domain="images", columns=ColumnMap(text="q", image="image"))
+    prompts = load_prompts(source, tmp_path / "images", 0)
+    assert len(list((tmp_path / "images").iterdir())) == 1
+    assert {tuple(prompt.images) for prompt in prompts} == {tuple(prompts[0].images)}
+    assert Image.open(prompts[0].images[0]).getpixel((0, 0)) == (0, 0, 255)
+    assert prompts[0].messages[0]["content"][0] == {"type": "image"}
+    again = Prompt.from_dict(json.loads(prompts[0].to_json()))
+    assert again == prompts[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "columns", "message"),
+    [
+        ('{"a": "x"}\n', ColumnMap(text="q"), "no column 'q'; there are a"),
+        ('{"a": "x"\n', ColumnMap(text="a"), "cannot be loaded"),
+        ('{"a": [{"role": "robot", "content": "x"}]}\n', ColumnMap(conversation="a"), "no known role"),
+        ('{"a": "x", "i": "not an image"}\n', ColumnMap(text="a", image="i"), "row 0: not a usable image"),
+    ],
+)
+def test_a_bad_data_set_is_one_clear_line(tmp_path: Path, content: str, columns: ColumnMap, message: str) -> None:
+    (tmp_path / "bad.jsonl").write_text(content)
+    source = PromptSource(5, path=str(tmp_path / "bad.jsonl"), domain="x", columns=columns)
+    with pytest.raises(PromptFileError, match=message) as raised:
+        load_prompts(source, tmp_path, 0)
+    assert "\n" not in str(raised.value)
+    assert "bad.jsonl" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{}, {"name": "mmlu"}, {"path": "x.jsonl"}, {"name": "deepmath", "path": "x"}, {"name": "deepmath", "count": 0}],
+)
+def test_a_bad_source_is_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"prompts\.sources"):
+        PromptSource(**{"count": 1, **bad})
+    with pytest.raises(ValueError, match="either 'text' or 'conversation'"):
+        ColumnMap()
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.text(max_size=8), max_size=40), st.integers(0, 5))
+def test_the_split_is_by_prompt_and_whole(words: list[str], seed: int) -> None:
+    prompts = [user(word) for word in words]
+    train, held = split_prompts(prompts, 0.3, seed)
+    keys = {prompt_key(prompt) for prompt in prompts}
+    assert {prompt_key(prompt) for prompt in train} | {prompt_key(prompt) for prompt in held} == keys
+    assert len(train) + len(held) == len(keys)
+    more = split_prompts([*prompts, user("something else entirely")], 0.3, seed)
+    assert set(texts(train)) <= texts(more[0])
+    assert split_prompts(prompts[::-1], 0.3, seed)[1] or not held
+
+
+def test_case_and_punctuation_make_no_other_prompt() -> None:
+    train, held = split_prompts([user("What is  it?"), user("what is it"), user("Why?")], 0.5, 0)
+    assert len(train) + len(held) == 2
+
+
+def test_self_made_prompts_start_from_an_empty_user_turn() -> None:
+    tokenizer = make_tokenizer()
+    ids = EmptyTurnEncoder(tokenizer).encode(user("ignored"))
+    assert ids == [2]
+    rows = [
+        {"sample": 0, "output_token_ids": [10, 11, 1], "finish_reason": "stop"},
+        {"sample": 1, "output_token_ids": [10, 11, 1], "finish_reason": "stop"},
+        {"sample": 2, "output_token_ids": [12], "finish_reason": "length"},
+        {"sample": 3, "output_token_ids": [1], "finish_reason": "stop"},
+    ]
+    (prompt,) = prompts_from_turns(rows, tokenizer)
+    assert prompt.messages == [{"role": "user", "content": "w10 w11"}]
+    tokenizer.chat_template = "nothing"
+    with pytest.raises(ValueError, match="does not keep the user's text"):
+        EmptyTurnEncoder(tokenizer)

@@ -1,0 +1,246 @@
+"""Prompts by name or from any data set: columns mapped, images kept as files, duplicates dropped, split by prompt.
+
+`NAMED` holds the four data sets of the LenVM paper. Any other one is given by its ``path`` (a JSONL or
+Parquet file, or a hub name) and a `ColumnMap`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lenvm_training.prompts import Prompt, PromptFileError
+
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+ROLES = {"human": "user", "user": "user", "system": "system", "gpt": "assistant", "assistant": "assistant"}
+IMAGE_MARKER = "<image>"
+
+
+@dataclass(frozen=True)
+class ColumnMap:
+    """Where a row holds its prompt: ``text`` (one column), or ``conversation`` (a list of turns, cut before the
+    first answer; turns are ``{role, content}`` or ``{from, value}``). ``image`` holds a picture (bytes, base64,
+    path, or as `datasets` decodes it). Only rows where each column of ``where`` has the given value are taken.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    text: str = ""
+    conversation: str = ""
+    image: str = ""
+    where: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if bool(self.text) == bool(self.conversation):
+            raise ValueError("columns: give either 'text' or 'conversation'")
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """At most ``count`` prompts of a data set: a ``name`` of `NAMED`, or a ``path`` with its ``columns``."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    count: int
+    name: str = ""
+    path: str = ""
+    split: str = "train"
+    subset: str | None = None
+    domain: str = ""
+    columns: ColumnMap | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.name) == bool(self.path):
+            raise ValueError("prompts.sources: give either 'name' or 'path'")
+        if self.name and self.name not in NAMED:
+            raise ValueError(f"prompts.sources.name: must be one of {', '.join(NAMED)}, got {self.name!r}")
+        if self.path and not (self.columns and self.domain):
+            raise ValueError(f"prompts.sources: {self.path} needs 'columns' and 'domain'")
+        if self.count < 1:
+            raise ValueError(f"prompts.sources.count: must be at least 1, got {self.count}")
+
+    def resolve(self) -> PromptSource:
+        """With the fields that its name stands for."""
+        return replace(NAMED[self.name], count=self.count) if self.name else self
+
+
+NAMED: dict[str, PromptSource] = {}
+NAMED |= {
+    "deepmath": PromptSource(1, path="zwhe99/DeepMath-103K", domain="math", columns=ColumnMap(text="question")),
+    "opencodereasoning": PromptSource(
+        1, path="nvidia/OpenCodeReasoning-2", split="python", domain="code", columns=ColumnMap(text="question")
+    ),
+    "wildchat": PromptSource(
+        1, path="allenai/WildChat", domain="instructions", columns=ColumnMap(conversation="conversation")
+    ),
+    "r1-onevision": PromptSource(
+        1,
+        path="Fancy-MLLM/R1-Onevision",
+        domain="images",
+        columns=ColumnMap(conversation="conversations", image="image"),
+    ),
+}
+QUESTION_SETS = {
+    "taco": ("BAAI/TACO", ("question",)),
+    "apps": ("codeparrot/apps", ("question",)),
+    "code_contests": ("deepmind/code_contests", ("description",)),
+    "open-r1/codeforces": ("open-r1/codeforces", ("description", "input_format", "output_format")),
+}
+"""Where OpenCodeReasoning-2, whose ``question`` column is only "-", says that its questions lie."""
+
+
+def load_prompts(source: PromptSource, image_folder: Path, seed: int) -> list[Prompt]:
+    """A random sample of a source, without duplicates. Raises PromptFileError naming file and column."""
+    source = source.resolve()
+    assert source.columns is not None
+    rows = load_rows(source.path, source.split, source.subset)
+    _check_columns(rows, source.columns, source.path)
+    order = list(range(len(rows)))
+    random.Random(f"{seed}:{source.path}").shuffle(order)
+    prompts: dict[str, Prompt] = {}
+    questions = _QuestionJoin()
+    for index in order:
+        if len(prompts) == source.count:
+            break
+        prompt = _to_prompt(questions.fill(rows[index]), index, source, image_folder)
+        if prompt is not None:
+            prompts.setdefault(prompt_key(prompt), prompt)
+    return list(prompts.values())
+
+
+def split_prompts(prompts: list[Prompt], eval_fraction: float, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Train and evaluation prompts, each prompt once. A prompt's side depends on its own text and ``seed`` only."""
+    unique = {prompt_key(prompt): prompt for prompt in reversed(prompts)}
+    sides: tuple[list[Prompt], list[Prompt]] = ([], [])
+    for key, prompt in reversed(unique.items()):
+        sides[random.Random(f"{seed}:{key}").random() < eval_fraction].append(prompt)
+    return sides
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """Equal for prompts that differ in case, white space and punctuation at most, with the same images."""
+    words = re.sub(r"[\W_]+", " ", prompt.text.casefold()).strip() or prompt.text
+    return hashlib.sha256("\0".join([words, *(Path(image).name for image in prompt.images)]).encode()).hexdigest()
+
+
+def load_rows(path: str, split: str, subset: str | None) -> Any:
+    """A file or hub data set as `datasets.Dataset`. Raises PromptFileError."""
+    import datasets
+
+    file_format = FILE_FORMATS.get(Path(path).suffix)
+    try:
+        if file_format:
+            return datasets.load_dataset(file_format, data_files=path, split="train")
+        return datasets.load_dataset(path, subset, split=split)
+    except Exception as error:  # the library raises errors of many kinds: its loaders', the hub's, Arrow's
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise PromptFileError(f"{path}: cannot be loaded ({reason})") from error
+
+
+def _check_columns(rows: Any, columns: ColumnMap, path: str) -> None:
+    for column in (columns.text, columns.conversation, columns.image, *columns.where):
+        if column and column not in rows.column_names:
+            raise PromptFileError(f"{path}: no column {column!r}; there are {', '.join(rows.column_names)}")
+
+
+class _QuestionJoin:
+    """Fills in the questions that OpenCodeReasoning-2 only points to (``dataset``, ``split``, ``index``)."""
+
+    def __init__(self) -> None:
+        self._sets: dict[tuple[str, str], Any] = {}
+
+    def fill(self, row: dict[str, Any]) -> dict[str, Any]:
+        if row.get("question") != "-" or row.get("dataset") not in QUESTION_SETS:
+            return row
+        name, columns = QUESTION_SETS[row["dataset"]]
+        key = (name, row["split"])
+        if key not in self._sets:
+            self._sets[key] = load_rows(name, row["split"], None)
+        found = self._sets[key][int(row["index"])]
+        return {**row, "question": "\n\n".join(found[column] for column in columns if found[column])}
+
+
+def _to_prompt(row: dict[str, Any], index: int, source: PromptSource, image_folder: Path) -> Prompt | None:
+    """None for a row that ``where`` leaves out, or that holds no text."""
+    columns = source.columns
+    assert columns is not None
+    if any(row[column] != value for column, value in columns.where.items()):
+        return None
+    if columns.text:
+        messages = [{"role": "user", "content": str(row[columns.text] or "")}]
+    else:
+        messages = _before_first_answer(row[columns.conversation], source.path)
+    if not any(message["content"].strip() for message in messages):
+        return None
+    identifier = f"{Path(source.path).stem}-{index}"
+    if not columns.image or row[columns.image] is None:
+        return Prompt(identifier, source.domain, messages)
+    image = save_image(row[columns.image], image_folder, f"{source.path}: row {index}")
+    return Prompt(identifier, source.domain, _with_image(messages), [image])
+
+
+def _before_first_answer(turns: Any, path: str) -> list[dict[str, Any]]:
+    messages = []
+    for turn in turns:
+        role = ROLES.get(turn.get("role") or turn.get("from"))
+        if role is None:
+            raise PromptFileError(f"{path}: a turn of a conversation has no known role: {str(turn)[:80]}")
+        if role == "assistant":
+            break
+        messages.append({"role": role, "content": str(turn.get("content") or turn.get("value") or "")})
+    return messages
+
+
+def _with_image(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The image stands first in the first user message; a marker for it in the text goes."""
+    first = next(index for index, message in enumerate(messages) if message["role"] == "user")
+    text = messages[first]["content"].replace(IMAGE_MARKER, "").strip()
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    return [*messages[:first], {"role": "user", "content": content}, *messages[first + 1 :]]
+
+
+def save_image(value: Any, folder: Path, where: str) -> str:
+    """Write a picture as PNG, named by its pixels, once. Raises PromptFileError."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        image = value if isinstance(value, Image.Image) else Image.open(io.BytesIO(_image_bytes(value)))
+        image = image.convert("RGB")
+    except (OSError, ValueError, binascii.Error, UnidentifiedImageError) as error:
+        raise PromptFileError(f"{where}: not a usable image ({error})") from None
+    digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
+    path = folder / f"{digest[:24]}.png"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        image.save(partial, format="PNG")
+        partial.replace(path)
+    return str(path)
+
+
+def _image_bytes(value: Any) -> bytes:
+    if isinstance(value, dict):
+        return value["bytes"] or Path(value["path"]).read_bytes()
+    if isinstance(value, bytes):
+        return value
+    if len(value) < 4096 and Path(value).is_file():
+        return Path(value).read_bytes()
+    return base64.b64decode(value.rpartition(",")[2], validate=True)
+
+
+def sources_to_prompts(
+    sources: list[PromptSource], image_folder: Path, seed: int, say: Callable[[str], None]
+) -> Iterator[Prompt]:
+    """The prompts of all sources, in their order; ``say`` is told how many each gave."""
+    for source in sources:
+        prompts = load_prompts(source, image_folder, seed)
+        say(f"{source.name or source.path}: {len(prompts)} prompts")
+        yield from prompts
