@@ -1,0 +1,99 @@
+"""The public grouped format both ways, and the report on a rollout file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lenvm_training.grouped_rows import GroupedReader, group_rollouts
+from lenvm_training.prompts import Prompt
+from lenvm_training.rollout_data import RolloutFileError
+from lenvm_training.rollout_report import length_report, write_length_report
+from lenvm_training.tokens import tokenizer_fingerprint
+from tiny import make_rows, make_tokenizer
+
+TOKENIZER = make_tokenizer()
+PROMPTS = [Prompt(f"0-{index}", "math", [{"role": "user", "content": f"w{index + 4}"}]) for index in range(4)]
+
+
+def rollouts() -> list[dict[str, Any]]:
+    fingerprint = tokenizer_fingerprint(TOKENIZER)
+    return [row | {"tokenizer": fingerprint} for row in make_rows(4)]
+
+
+def test_rows_written_here_are_read_back_exactly() -> None:
+    rows = rollouts()
+    grouped = list(group_rollouts(rows[::-1], PROMPTS, TOKENIZER))
+    order = [row["meta_info"]["lenvm_idx"] for row in grouped]
+    assert [order.index(name) for name in dict.fromkeys(order)] == [0, 4, 8, 12], "groups lie side by side"
+    assert grouped[0]["conversations"][0] == {"from": "human", "value": "w7"}
+    assert grouped[0]["conversations"][-1]["value"].startswith("w")
+    reader = GroupedReader(TOKENIZER)
+    again = [reader.read(row, "f:1") for row in grouped]
+    assert sorted(again, key=str) == sorted(rows, key=str)
+    assert reader.num_retokenised == 0
+
+
+def test_rows_of_others_are_tokenised_and_counted() -> None:
+    public = {
+        "conversations": [{"from": "human", "value": "w4 w5"}, {"from": "gpt", "value": "w9 w8"}],
+        "meta_info": {"lenvm_idx": 12, "domain": "math"},
+    }
+    reader = GroupedReader(TOKENIZER, assume_finished=True)
+    first, second = (reader.read(public, "f:1") for _ in range(2))
+    assert first["prompt_token_ids"] == [2, 4, 5, 1, 3]
+    assert first["output_token_ids"] == [9, 8, 1]
+    assert (first["prompt_id"], first["sample"], second["sample"]) == ("12", 0, 1)
+    assert reader.num_retokenised == 2
+    cut = {**public, "meta_info": {"lenvm_idx": 1, "finish_reason": "length"}}
+    assert reader.read(cut, "f:2")["output_token_ids"] == [9, 8]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"conversations": []}, "f:3: no field 'meta_info.lenvm_idx'"),
+        ({"meta_info": {"lenvm_idx": 1}}, "must end with a turn from 'gpt'"),
+        ({"meta_info": {"lenvm_idx": 1}, "conversations": [{"from": "gpt", "value": ""}]}, "may have been cut off"),
+        (
+            {
+                "meta_info": {"lenvm_idx": 1, "finish_reason": "stop"},
+                "conversations": [{"from": "cat", "value": ""}, {"from": "gpt", "value": ""}],
+            },
+            "a turn from 'cat'",
+        ),
+    ],
+)
+def test_bad_public_rows_are_named(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(RolloutFileError, match=message):
+        GroupedReader(TOKENIZER).read(row, "f:3")
+
+
+def test_rollouts_of_an_unknown_prompt_are_refused() -> None:
+    with pytest.raises(RolloutFileError, match="prompt 0-3 has rollouts but is not in the prompt file"):
+        list(group_rollouts(rollouts(), PROMPTS[:3], TOKENIZER))
+
+
+def test_the_report_counts_by_domain(tmp_path: Path) -> None:
+    rows = make_rows(40)
+    report = write_length_report(rows, tmp_path)
+    lengths = np.array([len(row["output_token_ids"]) for row in rows])
+    assert report["all"]["mean"] == pytest.approx(lengths.mean())
+    assert report["all"]["p50"] == np.median(lengths)
+    assert report["all"]["completions"] == report["math"]["completions"] + report["code"]["completions"] == 160
+    assert report["all"]["finished"] == pytest.approx(15 / 16)
+    assert report["all"]["explained"] > 0.9
+    assert (tmp_path / "lengths.png").stat().st_size > 0
+    assert "| math |" in (tmp_path / "lengths.md").read_text()
+
+
+def test_lengths_that_no_prompt_decides_are_not_explained() -> None:
+    generator = np.random.default_rng(0)
+    rows = [
+        row | {"output_token_ids": [1] * int(generator.integers(1, 50)), "finish_reason": "stop"}
+        for row in make_rows(50, num_samples=8)
+    ]
+    assert abs(length_report(rows)["all"]["explained"]) < 0.1

@@ -1,0 +1,110 @@
+"""The public data format of LenVM: one conversation a row, completions of a prompt found by ``meta_info.lenvm_idx``.
+
+``{"conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}], "meta_info": {"lenvm_idx", ...}}``,
+rows of one prompt side by side. What the text cannot hold is written into ``meta_info`` too (token ids,
+finish reason, sampling), so that rows written here are read back exactly. Rows of others without token
+ids are tokenised anew, which is the best that can be had from text and is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from lenvm_training.prompts import Prompt
+from lenvm_training.rollout_data import RolloutFileError
+from lenvm_training.rollouts import FINISHED, prompt_token_ids
+from lenvm_training.tokens import tokenizer_fingerprint
+
+FROM_ROLE = {"system": "system", "human": "user", "user": "user"}
+KEPT_FIELDS = ("domain", "sample", "prompt_token_ids", "output_token_ids", "finish_reason", "sampling", "tokenizer")
+
+
+def group_rollouts(rollouts: Iterable[dict[str, Any]], prompts: Iterable[Prompt], tokenizer: Any) -> Iterator[Any]:
+    """Rows in the public format, grouped by prompt in the order of first appearance.
+
+    Raises RolloutFileError when a completion's prompt is not among ``prompts``.
+    """
+    by_id = {prompt.id: prompt for prompt in prompts}
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rollouts:
+        groups.setdefault(row["prompt_id"], []).append(row)
+    for prompt_id, rows in groups.items():
+        if prompt_id not in by_id:
+            raise RolloutFileError(f"prompt {prompt_id} has rollouts but is not in the prompt file")
+        for row in sorted(rows, key=lambda row: row["sample"]):
+            yield _grouped_row(row, by_id[prompt_id], tokenizer)
+
+
+def _grouped_row(row: dict[str, Any], prompt: Prompt, tokenizer: Any) -> dict[str, Any]:
+    turns = [{"from": _role(message["role"]), "value": _value(message["content"])} for message in prompt.messages]
+    answer = tokenizer.decode(row["output_token_ids"], skip_special_tokens=True)
+    kept = {name: row[name] for name in KEPT_FIELDS if name in row}
+    grouped: dict[str, Any] = {
+        "conversations": [*turns, {"from": "gpt", "value": answer}],
+        "meta_info": {"lenvm_idx": prompt.id, **kept},
+    }
+    return grouped | ({"images": prompt.images} if prompt.images else {})
+
+
+def _role(role: str) -> str:
+    return {"user": "human", "assistant": "gpt"}.get(role, role)
+
+
+def _value(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join("<image>" if part["type"] == "image" else part["text"] for part in content)
+
+
+class GroupedReader:
+    """Rollout rows of public rows. ``num_retokenised`` counts those whose token ids had to be made from text.
+
+    A row that does not say how it ended may have been cut off: it is refused, unless ``assume_finished``.
+    """
+
+    def __init__(self, tokenizer: Any, assume_finished: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._fingerprint = tokenizer_fingerprint(tokenizer)
+        self._assume_finished = assume_finished
+        self._samples: dict[str, int] = {}
+        self.num_retokenised = 0
+
+    def read(self, row: dict[str, Any], where: str) -> dict[str, Any]:
+        """One rollout row. Raises RolloutFileError naming ``where`` and the field."""
+        info, turns = row.get("meta_info") or {}, row.get("conversations")
+        if "lenvm_idx" not in info:
+            raise RolloutFileError(f"{where}: no field 'meta_info.lenvm_idx'")
+        if not turns or turns[-1].get("from") != "gpt":
+            raise RolloutFileError(f"{where}: 'conversations' must end with a turn from 'gpt'")
+        prompt_id = str(info["lenvm_idx"])
+        sample = info.get("sample", self._samples.get(prompt_id, 0))
+        self._samples[prompt_id] = sample + 1
+        rollout = {"prompt_id": prompt_id, "domain": str(info.get("domain", "")), "sample": sample}
+        rollout["finish_reason"] = self._finish_reason(info, where)
+        rollout |= self._token_ids(info, turns, rollout["finish_reason"], where)
+        rollout["sampling"] = info.get("sampling", {})
+        return rollout | ({"images": row["images"]} if row.get("images") else {})
+
+    def _finish_reason(self, info: dict[str, Any], where: str) -> str:
+        if "finish_reason" not in info and not self._assume_finished:
+            raise RolloutFileError(f"{where}: no 'meta_info.finish_reason': it may have been cut off")
+        return str(info.get("finish_reason", FINISHED))
+
+    def _token_ids(
+        self, info: dict[str, Any], turns: list[dict[str, Any]], finish_reason: str, where: str
+    ) -> dict[str, Any]:
+        if "output_token_ids" in info:
+            return {name: info[name] for name in ("prompt_token_ids", "output_token_ids", "tokenizer") if name in info}
+        self.num_retokenised += 1
+        try:
+            messages = [{"role": FROM_ROLE[turn["from"]], "content": turn["value"]} for turn in turns[:-1]]
+        except KeyError as error:
+            raise RolloutFileError(f"{where}: a turn from {error}, expected 'system' or 'human'") from None
+        output = list(self._tokenizer(turns[-1]["value"], add_special_tokens=False)["input_ids"])
+        end = [self._tokenizer.eos_token_id] if finish_reason == FINISHED else []
+        return {
+            "prompt_token_ids": prompt_token_ids(self._tokenizer, Prompt("", "", messages)),
+            "output_token_ids": output + end,
+            "tokenizer": self._fingerprint,
+        }
