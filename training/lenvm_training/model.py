@@ -21,7 +21,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import ModelOutput
 
-from lenvm_kernels.checkpoint import CONFIG_FILE, VALUE_FILE, CheckpointError, load_value_head, save_value_head
+from lenvm_kernels.checkpoint import (
+    CANDIDATE_FILE,
+    CONFIG_FILE,
+    VALUE_FILE,
+    CheckpointError,
+    load_value_head,
+    read_config,
+    save_value_head,
+)
 from lenvm_kernels.heads import ValueHead
 from lenvm_training.targets import IGNORED, TargetConfig, lambda_returns
 
@@ -173,14 +181,17 @@ def build_lenvm(settings: ModelSettings, target: TargetConfig) -> LenVM:
     return model
 
 
-def load_lenvm(source: str | Path, dtype: torch.dtype = torch.float32) -> LenVM:
-    """Load a LenVM by folder or hub name, for evaluation. Raises CheckpointError naming the file."""
+def load_lenvm(source: str | Path, dtype: torch.dtype = torch.float32, base_model: str = "") -> LenVM:
+    """Load a LenVM by folder or hub name, for evaluation. Raises CheckpointError naming the file.
+
+    ``base_model``: where the backbone of an adapter or a head lies now, if not where its folder says.
+    """
     folder = resolve_folder(source)
     config = read_lenvm_config(folder)
     if config.kind == "full":
         language_model = load_language_model(folder, dtype)
     else:
-        language_model = load_language_model(resolve_folder(config.base_model), dtype)
+        language_model = load_language_model(resolve_folder(base_model or config.base_model), dtype)
     if config.kind == "lora":
         from peft import PeftModel
 
@@ -219,10 +230,15 @@ def restore_lenvm(model: LenVM, folder: Path) -> None:
 
 
 def read_lenvm_config(folder: Path) -> LenVMConfig:
-    """``lenvm_config.json``, or what a published folder without one stands for. Raises CheckpointError."""
+    """``lenvm_config.json`` of a LenVM or of a head on the served model, or what a published folder without one
+    stands for. Raises CheckpointError.
+    """
     path = folder / CONFIG_FILE
     if not path.exists():
         return _published_config(folder)
+    if (folder / CANDIDATE_FILE).exists():
+        head = read_config(folder)
+        return LenVMConfig("head", head.base_model, head.base_model, TargetConfig(gamma=head.gamma))
     try:
         fields = json.loads(path.read_text())
         target = TargetConfig(**fields["target"])

@@ -1,0 +1,355 @@
+"""Evaluation of a LenVM on prompts it was not trained on: at the prompt boundary, and over all states.
+
+The truth at the prompt boundary comes from N samples of each prompt (paper, equations 13 to 15), in return
+space: mean target G = mean_i target(L_i), L* = length(G); and in plain tokens: mean_i L_i. Comparison rows
+are fitted on other prompts (``fit``): a constant, the prompt's length alone, a ridge probe on the
+prompt's last hidden state of the untrained backbone, and, over all states, the position alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from lenvm_training import plots
+from lenvm_training.metrics import Floats, calibration_curve, rank_agreement, state_metrics
+from lenvm_training.model import LenVM
+from lenvm_training.rollout_data import RolloutCollator, RolloutDataset
+from lenvm_training.rollouts import FINISHED
+from lenvm_training.targets import IGNORED, TargetSpace
+
+MAX_BATCH_TOKENS = 8192
+INTERVAL_LEVELS = (0.1, 0.9)
+RIDGE_STRENGTHS = (1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
+POSITION_BINS = 40
+FIGURE_NAMES = ("tau", "mre", "mse", "tau_tokens", "mre_tokens", "tau_single", "mre_single")
+
+
+@dataclass(frozen=True)
+class PromptSample:
+    """A prompt and the lengths of its samples. ``censored``: how many more were cut by the token limit."""
+
+    row: dict[str, Any]
+    lengths: Floats
+    censored: int
+
+    @property
+    def domain(self) -> str:
+        return str(self.row["domain"])
+
+
+def group_samples(rows: Sequence[dict[str, Any]], min_samples: int) -> list[PromptSample]:
+    """The prompts with at least ``min_samples`` finished samples."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["prompt_id"], []).append(row)
+    samples = []
+    for group in groups.values():
+        lengths = [len(row["output_token_ids"]) for row in group if row["finish_reason"] == FINISHED]
+        if len(lengths) >= min_samples:
+            samples.append(PromptSample(group[0], np.array(lengths, dtype=np.float64), len(group) - len(lengths)))
+    return samples
+
+
+@torch.inference_mode()
+def predict_boundary(model: LenVM, prompts: Sequence[PromptSample], collator: RolloutCollator) -> Floats:
+    """Predicted total length of each prompt's answer, in tokens (the length that V(s_0) stands for): [P]."""
+    model.eval()
+
+    def last_prediction(batch: dict[str, Any], last: torch.Tensor) -> torch.Tensor:
+        predictions = model(**batch).predictions
+        return model.space.length(predictions[torch.arange(len(last)), last].double())
+
+    return _over_prompts(prompts, collator, model, last_prediction)
+
+
+@torch.inference_mode()
+def boundary_states(model: Any, prompts: Sequence[PromptSample], collator: RolloutCollator) -> Floats:
+    """Final hidden state of each prompt's last token, of a plain language model: [P, d]."""
+    model.eval()
+
+    def last_state(batch: dict[str, Any], last: torch.Tensor) -> torch.Tensor:
+        states: torch.Tensor = model.base_model(**batch, use_cache=False).last_hidden_state
+        return states[torch.arange(len(last)), last].double()
+
+    return _over_prompts(prompts, collator, model, last_state)
+
+
+def _over_prompts(
+    prompts: Sequence[PromptSample],
+    collator: RolloutCollator,
+    model: Any,
+    compute: Callable[[dict[str, Any], torch.Tensor], torch.Tensor],
+) -> Floats:
+    device = next(model.parameters()).device
+    items = [_prompt_item(prompt.row) for prompt in prompts]
+    results: list[torch.Tensor] = [torch.empty(0)] * len(items)
+    for rows in _batches([len(item["input_ids"]) for item in items]):
+        batch = collator([items[row] for row in rows])
+        del batch["labels"]
+        last = (batch["attention_mask"].sum(-1) - 1).to(device)
+        values = compute({name: tensor.to(device) for name, tensor in batch.items()}, last).cpu()
+        for row, value in zip(rows, values, strict=True):
+            results[row] = value
+    stacked: Floats = torch.stack(results).numpy()
+    return stacked
+
+
+def _prompt_item(row: dict[str, Any]) -> dict[str, Any]:
+    ids = list(row["prompt_token_ids"])
+    name = f"prompt {row['prompt_id']}"
+    return {"input_ids": ids, "labels": [IGNORED] * len(ids), "images": row.get("images", []), "name": name}
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Rows by rising length, at most MAX_BATCH_TOKENS padded tokens together."""
+    batch: list[int] = []
+    for row in tqdm(sorted(range(len(lengths)), key=lengths.__getitem__), desc="evaluating", unit="row"):
+        if batch and (len(batch) + 1) * lengths[row] > MAX_BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def boundary_figures(predicted: Floats, prompts: Sequence[PromptSample], space: TargetSpace) -> dict[str, float]:
+    """Agreement of predicted lengths [P] with the samples.
+
+    ``tau``, ``mre``: Kendall's tau and mean relative error against L* (return space); ``mse``: against the
+    mean target; ``tau_tokens``, ``mre_tokens``: against the mean length; ``tau_single``, ``mre_single``:
+    against every single sample.
+    """
+    means = np.array([_target(space, prompt.lengths).mean() for prompt in prompts])
+    truth = space.length(torch.from_numpy(means)).numpy()
+    tokens = np.array([prompt.lengths.mean() for prompt in prompts])
+    singles = np.concatenate([prompt.lengths for prompt in prompts])
+    repeated = np.repeat(predicted, [len(prompt.lengths) for prompt in prompts])
+    return {
+        "tau": rank_agreement(predicted, truth),
+        "mre": _mre(predicted, truth),
+        "mse": float(np.mean((_target(space, predicted) - means) ** 2)),
+        "tau_tokens": rank_agreement(predicted, tokens),
+        "mre_tokens": _mre(predicted, tokens),
+        "tau_single": rank_agreement(repeated, singles),
+        "mre_single": _mre(repeated, singles),
+    }
+
+
+def interval_coverage(predicted: Floats, prompts: Sequence[PromptSample]) -> dict[str, float]:
+    """Share of finished samples inside [low, high] * prediction, overall and by domain.
+
+    The two factors are the 10% and 90% quantiles of length / prediction of the other half of the prompts,
+    so that no prompt is judged by factors that it took part in.
+    """
+    halves = np.arange(len(prompts)) % 2
+    inside: dict[str, list[bool]] = {"all": []}
+    for half in (0, 1):
+        ratios = [prompt.lengths / value for prompt, value in _pairs(prompts, predicted, halves != half)]
+        low, high = np.quantile(np.concatenate(ratios), INTERVAL_LEVELS)
+        for prompt, value in _pairs(prompts, predicted, halves == half):
+            hits = ((prompt.lengths >= low * value) & (prompt.lengths <= high * value)).tolist()
+            inside["all"] += hits
+            inside.setdefault(prompt.domain, []).extend(hits)
+    return {name: float(np.mean(hits)) for name, hits in inside.items()}
+
+
+def _pairs(
+    prompts: Sequence[PromptSample], predicted: Floats, mask: np.ndarray[Any, np.dtype[np.bool_]]
+) -> list[tuple[PromptSample, float]]:
+    return [(prompts[index], float(predicted[index])) for index in np.flatnonzero(mask)]
+
+
+def comparison_predictions(
+    fit: Sequence[PromptSample], fit_states: Floats, prompts: Sequence[PromptSample], states: Floats
+) -> dict[str, Floats]:
+    """Lengths predicted by what needs no LenVM, fitted to the logarithm of the geometric mean length of ``fit``."""
+    logs = np.array([np.log(prompt.lengths).mean() for prompt in fit])
+    constant = np.full(len(prompts), logs.mean())
+    by_length = ridge_predict(_length_features(fit), logs, _length_features(prompts))
+    probe = ridge_predict(fit_states, logs, states)
+    bounds = (logs.min(), logs.max())
+    rows = {"constant": constant, "prompt_length": by_length, "ridge_probe": probe}
+    return {name: np.exp(np.clip(row, *bounds)) for name, row in rows.items()}
+
+
+def _length_features(prompts: Sequence[PromptSample]) -> Floats:
+    logs = np.log([len(prompt.row["prompt_token_ids"]) for prompt in prompts])
+    return np.stack([logs, logs**2], axis=1)
+
+
+def ridge_predict(features: Floats, targets: Floats, new_features: Floats) -> Floats:
+    """Ridge regression on standardised features; the strength is chosen on a fifth of the rows: [N, d] -> [M]."""
+    mean, scale = features.mean(0), features.std(0) + 1e-9
+    known, new = (features - mean) / scale, (new_features - mean) / scale
+    held = np.arange(len(known)) % 5 == 0
+
+    def error(strength: float) -> float:
+        fitted = _ridge(known[~held], targets[~held], known[held], strength)
+        return float(np.mean((fitted - targets[held]) ** 2))
+
+    return _ridge(known, targets, new, min(RIDGE_STRENGTHS, key=error))
+
+
+def _ridge(features: Floats, targets: Floats, new_features: Floats, strength: float) -> Floats:
+    offset = targets.mean()
+    gram = features.T @ features + strength * len(features) * np.eye(features.shape[1])
+    weights = np.linalg.solve(gram, features.T @ (targets - offset))
+    predicted: Floats = new_features @ weights + offset
+    return predicted
+
+
+@torch.inference_mode()
+def evaluate_states(
+    model: LenVM, rows: Sequence[dict[str, Any]], fit: Sequence[dict[str, Any]], collator: RolloutCollator
+) -> dict[str, float]:
+    """`metrics.state_metrics` over finished completions, and the MSE of a constant and of the position alone."""
+    dataset = RolloutDataset(rows)
+    device = next(model.parameters()).device
+    width = max(len(row["prompt_token_ids"]) + len(row["output_token_ids"]) for row in dataset.rows)
+    predictions = np.zeros((len(dataset), width), dtype=np.float32)
+    labels = np.full((len(dataset), width), IGNORED)
+    items = [dataset[index] for index in range(len(dataset))]
+    for chosen in _batches([len(item["input_ids"]) for item in items]):
+        batch = collator([items[row] for row in chosen])
+        target = batch.pop("labels").numpy()
+        output = model(**{name: tensor.to(device) for name, tensor in batch.items()}).predictions.cpu().numpy()
+        labels[chosen, : target.shape[1]] = target
+        predictions[chosen, : target.shape[1]] = output
+    figures = state_metrics(predictions, labels, model.space)
+    return figures | _position_figures(labels, RolloutDataset(fit), model.space)
+
+
+def _position_figures(labels: Any, fit: RolloutDataset, space: TargetSpace) -> dict[str, float]:
+    positions, targets = _states(((labels[row] != IGNORED).sum() - 1 for row in range(len(labels))), space)
+    fit_positions, fit_targets = _states((len(row["output_token_ids"]) for row in fit.rows), space)
+    edges = np.quantile(fit_positions, np.linspace(0, 1, POSITION_BINS + 1)[1:-1])
+    bins = np.digitize(fit_positions, edges)
+    sums = np.bincount(bins, fit_targets, minlength=POSITION_BINS)
+    means = sums / np.maximum(np.bincount(bins, minlength=POSITION_BINS), 1)
+    return {
+        "mse_constant": float(np.mean((targets - fit_targets.mean()) ** 2)),
+        "mse_position": float(np.mean((targets - means[np.digitize(positions, edges)]) ** 2)),
+    }
+
+
+def _states(lengths: Any, space: TargetSpace) -> tuple[Floats, Floats]:
+    """Position and target of every state of completions of the given lengths."""
+    counted = [int(length) for length in lengths]
+    positions = np.concatenate([np.arange(length + 1) for length in counted])
+    remaining = np.concatenate([np.arange(length, -1, -1) for length in counted])
+    return positions.astype(np.float64), _target(space, remaining)
+
+
+def _target(space: TargetSpace, lengths: Any) -> Floats:
+    targets: Floats = space.target(torch.as_tensor(np.asarray(lengths, dtype=np.float64))).numpy()
+    return targets
+
+
+def _mre(predicted: Floats, actual: Floats) -> float:
+    return float(np.mean(np.abs(predicted - actual) / actual))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All figures: rows of the prompt boundary by predictor, of LenVM by domain, interval coverage, states."""
+
+    num_prompts: int
+    num_samples: int
+    censored_share: float
+    boundary: dict[str, dict[str, float]]
+    domains: dict[str, dict[str, float]]
+    coverage: dict[str, float]
+    states: dict[str, float]
+
+
+def evaluate_prompts(
+    model: LenVM,
+    probe_model: Any,
+    rows: Sequence[dict[str, Any]],
+    fit_rows: Sequence[dict[str, Any]],
+    collator: RolloutCollator,
+    min_samples: int,
+    folder: Path,
+) -> Evaluation:
+    """Evaluate on ``rows``, fit the comparison rows on ``fit_rows``; writes figures and plots into ``folder``.
+
+    Raises ValueError when no prompt has ``min_samples`` finished samples.
+    """
+    prompts, fit = group_samples(rows, min_samples), group_samples(fit_rows, 1)
+    if len(prompts) < 2 or len(fit) < 2:
+        raise ValueError(f"evaluation: fewer than two prompts with {min_samples} finished samples (evaluation or data)")
+    predicted = predict_boundary(model, prompts, collator)
+    states, fit_states = (boundary_states(probe_model, part, collator) for part in (prompts, fit))
+    compared = comparison_predictions(fit, fit_states, prompts, states)
+    evaluation = Evaluation(
+        num_prompts=len(prompts),
+        num_samples=sum(len(prompt.lengths) for prompt in prompts),
+        censored_share=_censored_share(prompts),
+        boundary={
+            name: boundary_figures(row, prompts, model.space) for name, row in {"lenvm": predicted, **compared}.items()
+        },
+        domains=_by_domain(predicted, prompts, model.space),
+        coverage=interval_coverage(predicted, prompts),
+        states=evaluate_states(model, rows, fit_rows, collator),
+    )
+    _write(evaluation, folder)
+    tokens = np.array([prompt.lengths.mean() for prompt in prompts])
+    plots.plot_calibration(folder / "calibration.png", *calibration_curve(predicted, tokens))
+    return evaluation
+
+
+def _censored_share(prompts: Sequence[PromptSample]) -> float:
+    censored = sum(prompt.censored for prompt in prompts)
+    return censored / (censored + sum(len(prompt.lengths) for prompt in prompts))
+
+
+def _by_domain(predicted: Floats, prompts: Sequence[PromptSample], space: TargetSpace) -> dict[str, dict[str, float]]:
+    figures = {}
+    for domain in sorted({prompt.domain for prompt in prompts}):
+        rows = [index for index, prompt in enumerate(prompts) if prompt.domain == domain]
+        own = [prompts[row] for row in rows]
+        figures[domain] = {"prompts": len(rows), **boundary_figures(predicted[rows], own, space)}
+    return figures
+
+
+def _write(evaluation: Evaluation, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation.json").write_text(json.dumps(vars(evaluation), indent=2) + "\n")
+    (folder / "evaluation.md").write_text(
+        f"""# Evaluation
+
+{evaluation.num_prompts} prompts, {evaluation.num_samples} finished samples of them; {evaluation.censored_share:.1%} of
+their samples were cut by the token limit and are left out.
+
+## Prompt boundary
+
+{_table("predictor", evaluation.boundary)}
+
+## LenVM by domain
+
+{_table("domain", evaluation.domains)}
+
+## 80% interval
+
+{_table("domain", {name: {"coverage": share} for name, share in evaluation.coverage.items()})}
+
+## All states
+
+{_table("figure", {name: {"value": value} for name, value in evaluation.states.items()})}
+"""
+    )
+
+
+def _table(first: str, rows: dict[str, dict[str, float]]) -> str:
+    columns = list(next(iter(rows.values())))
+    lines = [f"| {first} | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(f'{row[column]:.4g}' for column in columns)} |" for name, row in rows.items()]
+    return "\n".join(lines)
