@@ -88,7 +88,9 @@ def test_comparison_rows_predict_from_what_they_may_see() -> None:
 
 
 def test_boundary_predictions_are_those_of_single_forwards(tmp_path: Path) -> None:
-    model = build_lenvm(ModelSettings(str(make_backbone(tmp_path)), "served", "head"), TargetConfig(gamma=0.9)).eval()
+    model = build_lenvm(
+        ModelSettings(str(make_backbone(tmp_path)), "served", kind="head"), TargetConfig(gamma=0.9)
+    ).eval()
     prompts = group_samples(make_rows(8), 1)
     predicted = predict_boundary(model, prompts, RolloutCollator(0))
     states = boundary_states(model.language_model, prompts, RolloutCollator(0))
@@ -102,10 +104,12 @@ def test_boundary_predictions_are_those_of_single_forwards(tmp_path: Path) -> No
 
 
 def test_a_whole_evaluation_writes_its_figures(tmp_path: Path) -> None:
-    settings = ModelSettings(str(make_backbone(tmp_path / "b")), "served", "head")
+    settings = ModelSettings(str(make_backbone(tmp_path / "b")), "served", kind="head")
     model = build_lenvm(settings, TargetConfig(gamma=0.9))
     rows, fit = make_rows(16, 1), make_rows(24, 2)
-    evaluation = evaluate_prompts(model, model.language_model, rows, fit, RolloutCollator(0), 3, tmp_path / "out")
+    evaluation = evaluate_prompts(
+        model, model.language_model, rows, fit, RolloutCollator(0), 3, SPACE, tmp_path / "out"
+    )
     assert set(evaluation.boundary) == {"lenvm", "constant", "prompt_length", "ridge_probe"}
     assert evaluation.boundary["ridge_probe"]["tau"] > 0.7 > evaluation.boundary["lenvm"]["tau"]
     assert set(evaluation.domains) == {"math", "code"}
@@ -114,4 +118,4 @@ def test_a_whole_evaluation_writes_its_figures(tmp_path: Path) -> None:
     assert "| ridge_probe |" in (tmp_path / "out" / "evaluation.md").read_text()
     assert (tmp_path / "out" / "calibration.png").exists()
     with pytest.raises(ValueError, match="fewer than two prompts with 9"):
-        evaluate_prompts(model, model.language_model, rows, fit, RolloutCollator(0), 9, tmp_path)
+        evaluate_prompts(model, model.language_model, rows, fit, RolloutCollator(0), 9, SPACE, tmp_path)

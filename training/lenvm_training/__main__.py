@@ -15,7 +15,6 @@ import json
 import os
 import signal
 import sys
-import zlib
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -134,47 +133,15 @@ async def _sample(prompts: list[Prompt], tokenizer: Any, sampling: Sampling, par
 
 
 def _train(parsed: argparse.Namespace) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
+    from lenvm_training.heads_run import HeadsSettings, train_heads
 
-    from lenvm_kernels.checkpoint import save_head
-    from lenvm_kernels.heads import HeadConfig
-    from lenvm_training.evaluation import evaluate_head
-    from lenvm_training.features import extract_states
-    from lenvm_training.model_card import write_model_card
-    from lenvm_training.trainer import TrainSettings, train_head
-
-    model = AutoModelForCausalLM.from_pretrained(parsed.model, dtype=torch.bfloat16).eval()
     layers = tuple(int(layer) for layer in parsed.layers.split(",") if layer)
-    rollouts, held_rollouts = list(read_rollouts(parsed.rollouts)), list(read_rollouts(parsed.eval_rollouts))
-    states = extract_states(model, rollouts, layers, parsed.states, parsed.work / "train")
-    in_validation = torch.tensor([_is_validation(row["prompt_id"]) for row in rollouts])[states.rollout]
-    train, validation = states.select(~in_validation), states.select(in_validation)
-    held_out = extract_states(model, held_rollouts, layers, parsed.states, parsed.work / "eval")
-    eos = model.generation_config.eos_token_id
-    config = HeadConfig(
-        base_model=parsed.base_model,
-        hidden_size=model.config.hidden_size,
-        vocab_size=model.config.vocab_size,
-        gamma=parsed.gamma,
-        num_bins=32,
-        max_length=1024,
-        rank=parsed.rank,
-        feature_layers=layers,
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
+    settings = HeadsSettings(
+        str(parsed.work), str(parsed.out), layers, rank=parsed.rank, epochs=parsed.epochs, states=parsed.states
     )
-    settings = TrainSettings(epochs=parsed.epochs)
-    embeddings = model.get_input_embeddings().weight.detach()
-    head = train_head(config, train, validation, layers, embeddings, settings)
-    figures = evaluate_head(head, train, held_out, layers, held_rollouts)
-    save_head(head, parsed.out)
-    write_model_card(parsed.out, config, settings, rollouts, held_rollouts, figures)
+    rollouts, held_rollouts = list(read_rollouts(parsed.rollouts)), list(read_rollouts(parsed.eval_rollouts))
+    figures = train_heads(settings, parsed.model, parsed.base_model, parsed.gamma, rollouts, held_rollouts)
     print(json.dumps(figures, indent=2))
-
-
-def _is_validation(prompt_id: str) -> bool:
-    """A tenth of the prompts, the same ones in every run."""
-    return zlib.crc32(prompt_id.encode()) % 10 == 0
 
 
 if __name__ == "__main__":

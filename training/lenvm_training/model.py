@@ -55,7 +55,8 @@ class LoraSettings:
 class ModelSettings:
     """What is trained. ``kind``: ``full`` fine-tune, ``lora`` adapter, or ``head`` on a frozen backbone.
 
-    ``backbone`` is a folder or hub name; one that holds a value head already is trained further.
+    ``backbone`` is a folder or hub name; one that holds a value head already is trained further. The result
+    names it as its base, or ``base_name`` where that is given (for a folder that others do not have).
     ``dtype`` is that of the weights during training, ``save_dtype`` that of a full fine-tune's result.
     """
 
@@ -63,6 +64,7 @@ class ModelSettings:
 
     backbone: str
     served_model: str
+    base_name: str = ""
     kind: str = "full"
     lora: LoraSettings = field(default_factory=LoraSettings)
     dtype: str = "float32"
@@ -172,10 +174,11 @@ def build_lenvm(settings: ModelSettings, target: TargetConfig) -> LenVM:
     hidden_size = language_model.config.get_text_config().hidden_size
     has_head = (folder / VALUE_FILE).exists()
     value_head = load_value_head(folder, hidden_size) if has_head else ValueHead(hidden_size)
-    config = LenVMConfig(settings.kind, settings.backbone, settings.served_model, target)
+    base_name = settings.base_name or settings.backbone
+    config = LenVMConfig(settings.kind, base_name, settings.served_model, target)
     language_model.requires_grad_(settings.kind == "full")
     if settings.kind == "lora":
-        language_model = _add_lora(language_model, settings)
+        language_model = _add_lora(language_model, settings, base_name)
     model = LenVM(language_model, value_head, config)
     _freeze_output_layer(model.causal_model)
     return model
@@ -249,7 +252,7 @@ def read_lenvm_config(folder: Path) -> LenVMConfig:
 
 def resolve_folder(source: str | Path) -> Path:
     """The folder itself, or a hub repository's snapshot in the local cache. Raises CheckpointError."""
-    folder = Path(source)
+    folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
     try:
@@ -288,7 +291,7 @@ def _published_config(folder: Path) -> LenVMConfig:
     return LenVMConfig("full", str(folder), "", TargetConfig(gamma=gamma))
 
 
-def _add_lora(language_model: Any, settings: ModelSettings) -> Any:
+def _add_lora(language_model: Any, settings: ModelSettings, base_name: str) -> Any:
     from peft import LoraConfig, get_peft_model
 
     names = settings.lora.target_modules
@@ -298,13 +301,12 @@ def _add_lora(language_model: Any, settings: ModelSettings) -> Any:
         lora_dropout=settings.lora.dropout,
         target_modules=names if isinstance(names, str) else list(names),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=settings.backbone,
     )
     try:
         adapted = get_peft_model(language_model, config)
     except ValueError as error:
         raise ValueError(f"model.lora.target_modules: {str(error).splitlines()[0]}") from None
-    adapted.peft_config["default"].base_model_name_or_path = settings.backbone
+    adapted.peft_config["default"].base_model_name_or_path = base_name
     return adapted
 
 

@@ -208,9 +208,14 @@ def _ridge(features: Floats, targets: Floats, new_features: Floats, strength: fl
 
 @torch.inference_mode()
 def evaluate_states(
-    model: LenVM, rows: Sequence[dict[str, Any]], fit: Sequence[dict[str, Any]], collator: RolloutCollator
+    model: LenVM,
+    rows: Sequence[dict[str, Any]],
+    fit: Sequence[dict[str, Any]],
+    collator: RolloutCollator,
+    space: TargetSpace,
 ) -> dict[str, float]:
     """`metrics.state_metrics` over finished completions, and the MSE of a constant and of the position alone."""
+    model.eval()
     dataset = RolloutDataset(rows)
     device = next(model.parameters()).device
     width = max(len(row["prompt_token_ids"]) + len(row["output_token_ids"]) for row in dataset.rows)
@@ -220,11 +225,10 @@ def evaluate_states(
     for chosen in _batches([len(item["input_ids"]) for item in items]):
         batch = collator([items[row] for row in chosen])
         target = batch.pop("labels").numpy()
-        output = model(**{name: tensor.to(device) for name, tensor in batch.items()}).predictions.cpu().numpy()
+        output = model(**{name: tensor.to(device) for name, tensor in batch.items()}).predictions.cpu()
         labels[chosen, : target.shape[1]] = target
-        predictions[chosen, : target.shape[1]] = output
-    figures = state_metrics(predictions, labels, model.space)
-    return figures | _position_figures(labels, RolloutDataset(fit), model.space)
+        predictions[chosen, : target.shape[1]] = space.target(model.space.length(output)).numpy()
+    return state_metrics(predictions, labels, space) | _position_figures(labels, RolloutDataset(fit), space)
 
 
 def _position_figures(labels: Any, fit: RolloutDataset, space: TargetSpace) -> dict[str, float]:
@@ -277,10 +281,12 @@ def evaluate_prompts(
     fit_rows: Sequence[dict[str, Any]],
     collator: RolloutCollator,
     min_samples: int,
+    space: TargetSpace,
     folder: Path,
 ) -> Evaluation:
     """Evaluate on ``rows``, fit the comparison rows on ``fit_rows``; writes figures and plots into ``folder``.
 
+    ``space`` is the scale that truths are averaged and errors squared in, whatever the model was trained on.
     Raises ValueError when no prompt has ``min_samples`` finished samples.
     """
     prompts, fit = group_samples(rows, min_samples), group_samples(fit_rows, 1)
@@ -294,11 +300,11 @@ def evaluate_prompts(
         num_samples=sum(len(prompt.lengths) for prompt in prompts),
         censored_share=_censored_share(prompts),
         boundary={
-            name: boundary_figures(row, prompts, model.space) for name, row in {"lenvm": predicted, **compared}.items()
+            name: boundary_figures(row, prompts, space) for name, row in {"lenvm": predicted, **compared}.items()
         },
-        domains=_by_domain(predicted, prompts, model.space),
+        domains=_by_domain(predicted, prompts, space),
         coverage=interval_coverage(predicted, prompts),
-        states=evaluate_states(model, rows, fit_rows, collator),
+        states=evaluate_states(model, rows, fit_rows, collator, space),
     )
     _write(evaluation, folder)
     tokens = np.array([prompt.lengths.mean() for prompt in prompts])

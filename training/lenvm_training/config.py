@@ -1,0 +1,192 @@
+"""One YAML file an experiment: prompts, rollouts, model, target, training, evaluation. Every unknown key is an error.
+
+Any value can be set on the command line by its path: ``target.gamma=0.999``, ``data.rollouts=[a.jsonl]``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from lenvm_training.endpoints import Sampling
+from lenvm_training.heads_run import HeadsSettings
+from lenvm_training.model import ModelSettings
+from lenvm_training.prompt_sources import PromptSource
+from lenvm_training.rollout_data import DataSettings
+from lenvm_training.targets import TargetConfig
+
+STRICT: dict[str, str] = {"extra": "forbid"}
+APIS = ("engine", "openai")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line and names the key."""
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """Prompt files to write: ``out``, and ``eval_out`` with ``eval_fraction`` of the prompts.
+
+    ``templates``: prompts of each built-in template family; ``self_made``: how many user turns the served
+    model is asked to write (needs its endpoint, see ``rollouts``).
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
+
+    out: str
+    eval_out: str
+    sources: tuple[PromptSource, ...] = ()
+    templates: int = 0
+    self_made: int = 0
+    eval_fraction: float = 0.02
+    image_folder: str = "data/images"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.eval_fraction < 1:
+            raise ValueError(f"prompts.eval_fraction: must be between 0 and 1, got {self.eval_fraction}")
+        if not (self.sources or self.templates or self.self_made):
+            raise ValueError("prompts: give 'sources', 'templates' or 'self_made'")
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """Completions to sample: ``samples`` of each training prompt into ``out``, ``eval_samples`` into ``eval_out``.
+
+    Prompts of more than ``max_prompt_tokens`` are left out.
+
+    ``engine_url`` (or LENVM_ENGINE_URL) is the served model's address without ``/v1``; when it is empty the
+    engine is started for the run, with SGLang's own ``engine_arguments``.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
+
+    out: str
+    eval_out: str
+    samples: int = 16
+    eval_samples: int = 64
+    sampling: Sampling = field(default_factory=Sampling)
+    max_prompt_tokens: int = 4096
+    concurrency: int = 256
+    api: str = "engine"
+    engine_url: str = ""
+    engine_arguments: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.api not in APIS:
+            raise ValueError(f"rollouts.api: must be one of {', '.join(APIS)}, got {self.api!r}")
+        for name in ("samples", "eval_samples", "concurrency"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rollouts.{name}: must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is evaluated: prompts of ``data.eval_rollouts`` with at least ``min_samples`` finished samples.
+
+    ``lenvm``: the folder or hub name to evaluate, by default the result of the training; ``probe_model``: whose
+    hidden states the ridge probe reads, by default the backbone; ``out``: folder of the figures. Errors are taken
+    in the return space of ``gamma``, by default that of ``target``.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
+
+    out: str
+    lenvm: str = ""
+    probe_model: str = ""
+    min_samples: int = 4
+    gamma: float | None = None
+    max_fit_prompts: int = 2000
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A whole configuration file. Exactly one of ``training`` (a LenVM) and ``heads`` (on frozen states) is there."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = STRICT
+
+    model: ModelSettings
+    data: DataSettings
+    target: TargetConfig = field(default_factory=TargetConfig)
+    training: dict[str, Any] | None = None
+    heads: HeadsSettings | None = None
+    prompts: PromptSettings | None = None
+    rollouts: RolloutSettings | None = None
+    evaluation: EvaluationSettings | None = None
+
+    def __post_init__(self) -> None:
+        if (self.training is None) == (self.heads is None):
+            raise ValueError("give exactly one of 'training' and 'heads'")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that also reads 2e-5 as a number, as YAML 1.2 does."""
+
+
+_EXPONENT = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+
+
+def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read a configuration and apply ``key=value`` overrides. Raises ConfigError."""
+    return build_experiment(apply_overrides(load_yaml(path), overrides), str(path))
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises ConfigError."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: not a mapping of keys")
+    return content
+
+
+def build_experiment(content: dict[str, Any], where: str) -> Experiment:
+    """An experiment from a mapping. Raises ConfigError naming ``where`` and the first bad key."""
+    try:
+        experiment: Experiment = TypeAdapter(Experiment).validate_python(content)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_first_problem(error)}") from None
+    return experiment
+
+
+def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy with each ``a.b.c=value`` (value as YAML) set. Raises ConfigError for what is no such assignment."""
+    result = dict(content)
+    for override in overrides:
+        path, equals, value = override.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"expected key=value, got {override!r}")
+        result = _with_value(result, path.split("."), yaml.load(value, _Loader), path)
+    return result
+
+
+def _with_value(content: Any, keys: Sequence[str], value: Any, path: str) -> dict[str, Any]:
+    if content is not None and not isinstance(content, dict):
+        raise ConfigError(f"{path}: {keys[0]!r} is not inside a mapping")
+    inner = _with_value((content or {}).get(keys[0]), keys[1:], value, path) if len(keys) > 1 else value
+    return {**(content or {}), keys[0]: inner}
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    kinds = {
+        "extra_forbidden": "unknown key",
+        "unexpected_keyword_argument": "unknown key",
+        "missing": "missing",
+        "missing_argument": "missing",
+    }
+    message = kinds.get(first["type"], first["msg"].removeprefix("Value error, "))
+    return message if message.startswith(path) else f"{path}: {message}"

@@ -1,0 +1,97 @@
+"""Ablations and scaling curves: several trainings that differ in some keys, evaluated on the same prompts.
+
+A sweep file names a ``base`` configuration, common ``set`` keys, and ``variants``: a name and the keys it sets.
+Runs that are complete are not run again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from lenvm_training import plots
+from lenvm_training.config import ConfigError, Experiment, apply_overrides, build_experiment, load_yaml
+
+SHOWN = ("tau", "mre", "mse")
+STATE_FIGURES = ("mse", "mre_50", "tau_50")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """``name`` is what varies, for tables and plots; ``out`` the folder of the runs."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    name: str
+    base: str
+    out: str
+    variants: dict[str, dict[str, Any]]
+    set: dict[str, Any] = field(default_factory=dict)
+
+
+def load_sweep(path: Path) -> Sweep:
+    """Read a sweep file; ``base`` is relative to it. Raises ConfigError."""
+    try:
+        sweep: Sweep = TypeAdapter(Sweep).validate_python(load_yaml(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if not sweep.variants:
+        raise ConfigError(f"{path}: variants: must not be empty")
+    return sweep
+
+
+def variant_experiments(sweep: Sweep, where: Path, overrides: list[str]) -> dict[str, Experiment]:
+    """The experiment of each variant: base, common keys, command line, then the variant's own keys."""
+    base = load_yaml(where.parent / sweep.base)
+    experiments = {}
+    for name, keys in sweep.variants.items():
+        own = {"training.output_dir": f"{sweep.out}/{name}", "evaluation.out": f"{sweep.out}/{name}/evaluation"}
+        assignments = _assignments(sweep.set) + overrides + _assignments(keys) + _assignments(own)
+        experiments[name] = build_experiment(apply_overrides(base, assignments), f"{where}: {name}")
+    return experiments
+
+
+def run_sweep(
+    sweep: Sweep, experiments: Mapping[str, Experiment], run: Callable[[Experiment], None], say: Callable[[str], None]
+) -> dict[str, dict[str, float]]:
+    """``run`` (train and evaluate) what is not complete; writes table and plot, returns the figures by variant."""
+    results = {}
+    for name, experiment in experiments.items():
+        assert experiment.evaluation is not None
+        path = Path(experiment.evaluation.out) / "evaluation.json"
+        if not path.exists():
+            say(f"{sweep.name}: {name}")
+            run(experiment)
+        results[name] = _figures(json.loads(path.read_text()))
+    _write(sweep, results)
+    return results
+
+
+def _figures(evaluation: dict[str, Any]) -> dict[str, float]:
+    boundary = {f"boundary {name}": evaluation["boundary"]["lenvm"][name] for name in SHOWN}
+    return boundary | {f"states {name}": evaluation["states"][name] for name in STATE_FIGURES}
+
+
+def _write(sweep: Sweep, results: dict[str, dict[str, float]]) -> None:
+    out = Path(sweep.out)
+    columns = list(next(iter(results.values())))
+    lines = [f"| {sweep.name} | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(f'{row[column]:.4g}' for column in columns)} |" for name, row in results.items()]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "sweep.md").write_text("\n".join(lines) + "\n")
+    curves = {column: [row[column] for row in results.values()] for column in columns}
+    plots.plot_sweep(out / "sweep.png", sweep.name, list(results), curves)
+
+
+def _assignments(keys: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key}={yaml.safe_dump(value, default_flow_style=True).strip().removesuffix('...').strip()}"
+        for key, value in keys.items()
+    ]
