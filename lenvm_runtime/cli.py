@@ -6,10 +6,13 @@ import argparse
 import os
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import NoReturn
 
 from lenvm_runtime import default_model, serve
+
+ADDED_COMMANDS = "lenvm.commands"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -18,8 +21,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a subcommand; returns the exit status."""
-    parsed = _build_parser().parse_args(arguments)
+    """Run a subcommand; returns the exit status.
+
+    Commands of other packages (entry points ``lenvm.commands``) get the rest of the arguments as they are.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    added = entry_points(group=ADDED_COMMANDS)
+    if arguments and arguments[0] in added.names:
+        added_status: int = added[arguments[0]].load()(arguments[1:])
+        return added_status
+    parsed = _build_parser(sorted(added.names)).parse_args(arguments)
     try:
         status: int = parsed.run(parsed)
         return status
@@ -31,8 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="lenvm", description="Length values and length control for LLM serving.")
+def _build_parser(added: list[str]) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="lenvm",
+        description="Length values and length control for LLM serving.",
+        epilog=f"more commands: {', '.join(added)} (each has --help)" if added else None,
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     command = commands.add_parser("serve", help="start the engine and the gateway")
     command.add_argument("--host", default="127.0.0.1")
@@ -44,7 +59,9 @@ def _build_parser() -> argparse.ArgumentParser:
     command.add_argument("engine_arguments", nargs="*", help="after --: SGLang's own arguments")
     command.set_defaults(run=_serve)
 
-    command = commands.add_parser("with-engine", help="run a command while the default model's engine is up")
+    command = commands.add_parser("with-engine", help="run a command while an engine is up")
+    command.add_argument("--model", default="", help="model folder or hub name (default: SmolLM2-135M-Instruct)")
+    command.add_argument("--engine-argument", action="append", default=[], help="one of SGLang's own; may be repeated")
     command.add_argument("command", nargs="+", help="after --; gets LENVM_ENGINE_URL and LENVM_MODEL")
     command.set_defaults(run=_with_engine)
     return parser
@@ -62,9 +79,10 @@ def _serve(parsed: argparse.Namespace) -> int:
 
 
 def _with_engine(parsed: argparse.Namespace) -> int:
-    model = default_model.ensure_default_model()
-    with serve.running_engine(serve.ServeConfig("127.0.0.1", 8000, None, serve.NO_HEAD)) as (_, url):
-        environment = {**os.environ, "LENVM_ENGINE_URL": url, "LENVM_MODEL": str(model)}
+    model = parsed.model or str(default_model.ensure_default_model())
+    config = serve.ServeConfig("127.0.0.1", 8000, parsed.model or None, serve.NO_HEAD, tuple(parsed.engine_argument))
+    with serve.running_engine(config) as (_, url):
+        environment = {**os.environ, "LENVM_ENGINE_URL": url, "LENVM_MODEL": model}
         return subprocess.run(parsed.command, env=environment, check=False).returncode
 
 

@@ -15,6 +15,7 @@ from lenvm_training.rollout_data import (
     RolloutFileError,
     check_tokenizer,
     load_rollouts,
+    select_eval_rollouts,
     select_rollouts,
     tokenizer_fingerprint,
 )
@@ -55,6 +56,15 @@ def test_less_data_is_a_subset_of_more(tmp_path: Path) -> None:
     short = select_rollouts(rows, DataSettings((), max_tokens=10))
     assert short
     assert all(len(row["prompt_token_ids"]) + len(row["output_token_ids"]) <= 10 for row in short)
+
+
+def test_the_held_out_choice_does_not_depend_on_what_is_trained_on() -> None:
+    rows = make_rows(10)
+    choices = [
+        select_eval_rollouts(rows, DataSettings((), max_prompts=prompts, max_eval_completions=7)) for prompts in (1, 9)
+    ]
+    assert choices[0] == choices[1]
+    assert len(choices[0]) == 7
 
 
 @pytest.mark.parametrize(

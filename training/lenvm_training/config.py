@@ -124,6 +124,13 @@ class Experiment:
     def __post_init__(self) -> None:
         if (self.training is None) == (self.heads is None):
             raise ValueError("give exactly one of 'training' and 'heads'")
+        if self.training is not None and not self.training.get("output_dir"):
+            raise ValueError("training.output_dir: missing")
+
+    @property
+    def output_dir(self) -> str:
+        """Where ``training`` keeps its checkpoints and result."""
+        return str((self.training or {})["output_dir"])
 
 
 class _Loader(yaml.SafeLoader):

@@ -36,6 +36,7 @@ from lenvm_training.rollout_data import (
     RolloutDataset,
     check_tokenizer,
     load_rollouts,
+    select_eval_rollouts,
     select_rollouts,
 )
 from lenvm_training.targets import TargetConfig
@@ -86,7 +87,7 @@ def train_lenvm(run: LenVMRun) -> dict[str, float]:
     output = Path(arguments.output_dir)
     _claim_output(output, run)
     torch.manual_seed(arguments.seed)
-    train, held_out = (_load_dataset(paths, run.data) for paths in (run.data.rollouts, run.data.eval_rollouts))
+    train, held_out = _load_datasets(run.data)
     model = build_lenvm(run.model, run.target)
     folder = resolve_folder(run.model.backbone)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -98,7 +99,7 @@ def train_lenvm(run: LenVMRun) -> dict[str, float]:
         args=arguments,
         train_dataset=train,
         eval_dataset=held_out,
-        data_collator=_build_collator(model, folder, tokenizer),
+        data_collator=build_collator(model, folder),
         compute_metrics=lambda output: state_metrics(output.predictions, output.label_ids, model.space),
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(output))
@@ -110,7 +111,11 @@ def train_lenvm(run: LenVMRun) -> dict[str, float]:
 
 
 def training_arguments(settings: dict[str, Any]) -> TrainingArguments:
-    """transformers.TrainingArguments of a mapping. Raises ValueError naming an unknown or unusable key."""
+    """transformers.TrainingArguments of a mapping, on the CPU where there is no accelerator.
+
+    Raises ValueError naming an unknown or unusable key.
+    """
+    defaults = {"use_cpu": not torch.accelerator.is_available()}
     fixed = sorted(FIXED_ARGUMENTS.keys() & settings.keys())
     if fixed:
         raise ValueError(f"training.{fixed[0]}: is set by the trainer itself")
@@ -119,11 +124,20 @@ def training_arguments(settings: dict[str, Any]) -> TrainingArguments:
         if name not in known:
             raise ValueError(f"training.{name}: not one of transformers.TrainingArguments")
     try:
-        (parsed,) = HfArgumentParser(TrainingArguments).parse_dict({**settings, **FIXED_ARGUMENTS})
+        (parsed,) = HfArgumentParser(TrainingArguments).parse_dict({**defaults, **settings, **FIXED_ARGUMENTS})
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"training: {str(error).splitlines()[0]}") from None
     arguments: TrainingArguments = parsed
     return arguments
+
+
+def build_collator(model: LenVM, backbone: Path) -> RolloutCollator:
+    """Batches for ``model``, with the image processor of its backbone's folder if it takes images."""
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if not model.takes_images:
+        return RolloutCollator(pad_token_id)
+    return RolloutCollator(pad_token_id, AutoImageProcessor.from_pretrained(backbone), model.config.image_token_id)
 
 
 def last_checkpoint(output: Path) -> str | None:
@@ -136,20 +150,16 @@ def last_checkpoint(output: Path) -> str | None:
     return None
 
 
-def _load_dataset(paths: tuple[str, ...], settings: DataSettings) -> RolloutDataset | None:
-    if not paths:
-        return None
-    dataset = RolloutDataset(select_rollouts(load_rollouts(paths), settings))
-    if not len(dataset):
-        raise ValueError(f"data: no finished completion within {settings.max_tokens} tokens in {', '.join(paths)}")
-    return dataset
-
-
-def _build_collator(model: LenVM, folder: Path, tokenizer: Any) -> RolloutCollator:
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    if not model.takes_images:
-        return RolloutCollator(pad_token_id)
-    return RolloutCollator(pad_token_id, AutoImageProcessor.from_pretrained(folder), model.config.image_token_id)
+def _load_datasets(settings: DataSettings) -> tuple[RolloutDataset, RolloutDataset | None]:
+    train = RolloutDataset(select_rollouts(load_rollouts(settings.rollouts), settings))
+    if not len(train):
+        raise ValueError(f"data.rollouts: no finished completion within {settings.max_tokens} tokens")
+    if not settings.eval_rollouts:
+        return train, None
+    held_out = RolloutDataset(select_eval_rollouts(load_rollouts(settings.eval_rollouts), settings))
+    if not len(held_out):
+        raise ValueError(f"data.eval_rollouts: no finished completion within {settings.max_tokens} tokens")
+    return train, held_out
 
 
 def _claim_output(output: Path, run: LenVMRun) -> None:

@@ -12,7 +12,7 @@ import hashlib
 import io
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -234,13 +234,3 @@ def _image_bytes(value: Any) -> bytes:
     if len(value) < 4096 and Path(value).is_file():
         return Path(value).read_bytes()
     return base64.b64decode(value.rpartition(",")[2], validate=True)
-
-
-def sources_to_prompts(
-    sources: list[PromptSource], image_folder: Path, seed: int, say: Callable[[str], None]
-) -> Iterator[Prompt]:
-    """The prompts of all sources, in their order; ``say`` is told how many each gave."""
-    for source in sources:
-        prompts = load_prompts(source, image_folder, seed)
-        say(f"{source.name or source.path}: {len(prompts)} prompts")
-        yield from prompts

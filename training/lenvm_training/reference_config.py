@@ -62,10 +62,10 @@ def _huber(value: Any) -> None:
 
 TRAINING_KEYS = (
     "output_dir logging_steps save_steps save_strategy save_total_limit learning_rate num_train_epochs max_steps "
-    "lr_scheduler_type warmup_steps weight_decay bf16 fp16 tf32 ddp_timeout seed eval_strategy eval_steps max_grad_norm "
-    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps gradient_checkpointing "
-    "deepspeed fsdp fsdp_config report_to run_name optim adam_beta1 adam_beta2 adam_epsilon dataloader_num_workers "
-    "save_only_model"
+    "lr_scheduler_type warmup_steps weight_decay bf16 fp16 tf32 ddp_timeout seed eval_strategy eval_steps "
+    "max_grad_norm per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps deepspeed "
+    "gradient_checkpointing fsdp fsdp_config report_to run_name optim adam_beta1 adam_beta2 adam_epsilon "
+    "dataloader_num_workers"
 ).split()
 CONVERTED: dict[str, Setter] = {
     "stage": ("", _only("lenvm")),
@@ -90,7 +90,7 @@ CONVERTED: dict[str, Setter] = {
     "plot_loss": ("", _only(True)),
     "resume_from_checkpoint": ("", _only(None)),
     "overwrite_output_dir": ("", _only(False)),
-    **{key: (f"training.{key}", _same) for key in TRAINING_KEYS if key != "save_only_model"},
+    **{key: (f"training.{key}", _same) for key in TRAINING_KEYS},
     "save_only_model": ("", _only(False)),
 }
 

@@ -34,7 +34,10 @@ class RolloutFileError(ValueError):
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Which rollouts to train on. Rows of more than ``max_tokens`` (prompt and completion) are left out."""
+    """Which rollouts to train on. Rows of more than ``max_tokens`` (prompt and completion) are left out.
+
+    The figures during training are taken on at most ``max_eval_completions`` of ``eval_rollouts``.
+    """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
@@ -43,6 +46,7 @@ class DataSettings:
     max_tokens: int = 4096
     max_prompts: int | None = None
     max_samples_per_prompt: int | None = None
+    max_eval_completions: int = 2000
     seed: int = 0
 
 
@@ -50,7 +54,7 @@ def load_rollouts(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
     """All rows of rollout files of one tokenizer, token ids as int32 arrays. Raises RolloutFileError."""
     rows: list[dict[str, Any]] = []
     tokenizers: dict[str, str] = {}
-    for path in map(Path, paths):
+    for path in (Path(path).expanduser() for path in paths):
         for number, line in enumerate(_lines(path), 1):
             row = _parse_row(line, f"{path}:{number}")
             tokenizers.setdefault(row.get("tokenizer", ""), f"{path}:{number}")
@@ -107,6 +111,13 @@ def select_rollouts(rows: Sequence[dict[str, Any]], settings: DataSettings) -> l
         group.sort(key=lambda row: _draw(settings.seed, prompt_id, row["sample"]))
         kept += group[: settings.max_samples_per_prompt]
     return [row for row in kept if _num_tokens(row) <= settings.max_tokens]
+
+
+def select_eval_rollouts(rows: Sequence[dict[str, Any]], settings: DataSettings) -> list[dict[str, Any]]:
+    """A seeded choice of ``max_eval_completions`` rows within ``max_tokens``, whatever is trained on."""
+    usable = select_rollouts(rows, DataSettings((), max_tokens=settings.max_tokens))
+    usable.sort(key=lambda row: _draw(settings.seed, row["prompt_id"], row["sample"]))
+    return usable[: settings.max_eval_completions]
 
 
 def _draw(*key: object) -> float:

@@ -1,0 +1,181 @@
+"""Experiment files: every shipped one is valid, every mistake is one line that names the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lenvm_training.config import ConfigError, Experiment, apply_overrides, build_experiment, load_experiment, load_yaml
+from lenvm_training.lenvm_trainer import training_arguments
+from lenvm_training.reference_config import convert_reference
+from lenvm_training.sweep import Sweep, load_sweep, run_sweep, variant_experiments
+
+CONFIGS = Path(__file__).parents[2] / "training" / "configs"
+LEAST: dict[str, Any] = {
+    "model": {"backbone": "b", "served_model": "s"},
+    "data": {"rollouts": ["a.jsonl"]},
+    "training": {"output_dir": "o"},
+}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid(path: Path, tmp_path: Path) -> None:
+    experiment = load_experiment(path)
+    assert experiment.prompts is not None
+    assert experiment.rollouts is not None
+    assert experiment.rollouts.out in experiment.data.rollouts
+    assert experiment.rollouts.eval_out in experiment.data.eval_rollouts
+    if experiment.training is not None:
+        arguments = training_arguments({**experiment.training, "output_dir": str(tmp_path)})
+        assert arguments.lr_scheduler_type == "cosine"
+
+
+@pytest.mark.parametrize("name", [path.stem for path in CONFIGS.glob("*--*.yaml")])
+def test_the_papers_pairs_have_its_settings(name: str) -> None:
+    experiment = load_experiment(CONFIGS / f"{name}.yaml")
+    training = experiment.training or {}
+    devices = 8
+    batch = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] * devices
+    assert (batch, training["num_train_epochs"], training["learning_rate"]) == (1024, 2, 2e-5)
+    assert experiment.target.gamma == (0.9998 if "qwen3" in name else 0.997)
+    assert experiment.model.kind == "full"
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_sweeps_are_valid(path: Path) -> None:
+    sweep = load_sweep(path)
+    experiments = variant_experiments(sweep, path, [])
+    assert list(experiments) == list(sweep.variants)
+    assert len({experiment.output_dir for experiment in experiments.values()}) == len(experiments)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("target.gama=1", "f.yaml: target.gama: unknown key"),
+        ("extra=1", "f.yaml: extra: unknown key"),
+        ("target.gamma=2", "f.yaml: target.gamma: must be between 0 and 1, got 2.0"),
+        ("model.kind=half", "f.yaml: model.kind: must be one of full, lora, head, got 'half'"),
+        ("model.lora.r=wide", "f.yaml: model.lora.r: Input should be a valid integer"),
+        ("prompts.out=a", "f.yaml: prompts.eval_out: missing"),
+        ("training=null", "f.yaml: give exactly one of 'training' and 'heads'"),
+        ("training={}", "f.yaml: training.output_dir: missing"),
+        ("model=3", "f.yaml: model: Input should be a dictionary"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        build_experiment(apply_overrides(LEAST, [override]), "f.yaml")
+    assert str(raised.value).startswith(message)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"), [("lonely", "expected key=value"), ("data.rollouts.x=1", "is not inside a mapping")]
+)
+def test_what_is_no_assignment_is_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        apply_overrides(LEAST, [override])
+
+
+def test_overrides_are_yaml_and_leave_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "f.yaml"
+    path.write_text("model: {backbone: b, served_model: s}\ndata: {rollouts: [a]}\ntraining: {output_dir: o}\n")
+    experiment = load_experiment(path, ["training.learning_rate=2e-5", "data.rollouts=[x, y]", "target.lam=0.5"])
+    assert experiment.training == {"output_dir": "o", "learning_rate": 2e-5}
+    assert experiment.data.rollouts == ("x", "y")
+    assert experiment.target.lam == 0.5
+    assert experiment.model.backbone == "b"
+
+
+@pytest.mark.parametrize("text", ["- a\n", "a: [1\n"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "f.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"f\.yaml: "):
+        load_yaml(tmp_path / "f.yaml")
+
+
+REFERENCE: dict[str, Any] = {
+    "stage": "lenvm",
+    "do_train": True,
+    "model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct",
+    "finetuning_type": "full",
+    "dataset": "math_train,code_train",
+    "eval_dataset": "math_test",
+    "cutoff_len": 2048,
+    "lenvm_gamma": 0.997,
+    "lenvm_lam": 1.0,
+    "lenvm_agg_method": "token-mean",
+    "output_dir": "saves/x",
+    "per_device_train_batch_size": 4,
+    "learning_rate": 2e-5,
+    "bf16": True,
+}
+
+
+def test_the_references_keys_are_converted() -> None:
+    content, problems = convert_reference(REFERENCE, "r.yaml")
+    experiment = build_experiment(content, "r.yaml")
+    assert experiment.model.backbone == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert experiment.data.rollouts == ("math_train.jsonl", "code_train.jsonl")
+    assert experiment.data.max_tokens == 2048
+    assert (experiment.target.gamma, experiment.target.lam) == (0.997, 1.0)
+    assert experiment.training == {
+        "output_dir": "saves/x",
+        "per_device_train_batch_size": 4,
+        "learning_rate": 2e-5,
+        "bf16": True,
+    }
+    assert problems == ["served model: not in that file; set model.served_model"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lenvm_agg_method", "seq-mean"),
+        ("finetuning_type", "freeze"),
+        ("lenvm_loss_type", "bce"),
+        ("lenvm_huber_loss_delta", 0.1),
+        ("template", "qwen"),
+        ("neat_packing", True),
+    ],
+)
+def test_what_cannot_be_honoured_is_named(key: str, value: Any) -> None:
+    content, problems = convert_reference({**REFERENCE, key: value}, "r.yaml")
+    assert any(problem.startswith(f"{key}: ") for problem in problems)
+    build_experiment(content, "r.yaml")
+
+
+def test_another_stage_is_refused() -> None:
+    with pytest.raises(ConfigError, match="expected 'lenvm', got 'sft'"):
+        convert_reference({**REFERENCE, "stage": "sft"}, "r.yaml")
+
+
+def test_a_sweep_runs_what_is_missing_and_makes_its_table(tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text("model: {backbone: b, served_model: s}\ndata: {rollouts: [a]}\ntraining: {output_dir: o}\n")
+    keys: dict[str, dict[str, Any]] = {"small": {"target.gamma": 0.9}, "large": {"target.gamma": 0.99}}
+    sweep = Sweep("gamma", "base.yaml", str(tmp_path / "out"), keys, {"data.seed": 3})
+    experiments = variant_experiments(sweep, tmp_path / "sweep.yaml", ["data.max_prompts=5"])
+    assert [experiment.target.gamma for experiment in experiments.values()] == [0.9, 0.99]
+    assert all((e.data.seed, e.data.max_prompts) == (3, 5) for e in experiments.values())
+    ran: list[str] = []
+
+    def run(experiment: Experiment) -> None:
+        ran.append(experiment.output_dir)
+        assert experiment.evaluation is not None
+        folder = Path(experiment.evaluation.out)
+        folder.mkdir(parents=True)
+        figures = '{"tau": 0.5, "mre": 0.4, "mse": 0.1}'
+        states = '{"mse": 0.1, "mre_50": 0.2, "tau_50": 0.3}'
+        (folder / "evaluation.json").write_text(f'{{"boundary": {{"lenvm": {figures}}}, "states": {states}}}')
+
+    first = run_sweep(sweep, experiments, run, ran.append)
+    assert first["small"]["boundary tau"] == 0.5
+    assert len(ran) == 4
+    assert run_sweep(sweep, experiments, run, ran.append) == first
+    assert len(ran) == 4, "complete runs are not run again"
+    assert "| small | 0.5 |" in (tmp_path / "out" / "sweep.md").read_text()
+    assert (tmp_path / "out" / "sweep.png").exists()

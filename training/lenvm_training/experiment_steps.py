@@ -1,0 +1,275 @@
+"""The steps of an experiment, as the commands run them: prompts, rollouts, training, evaluation, sweep."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lenvm_training.config import ConfigError, Experiment, RolloutSettings, load_yaml
+from lenvm_training.endpoints import EngineError
+from lenvm_training.grouped_rows import GroupedReader, group_rollouts
+from lenvm_training.model import load_language_model, load_lenvm, resolve_folder
+from lenvm_training.prompt_sources import load_prompts, split_prompts
+from lenvm_training.prompts import Prompt, read_prompts, template_prompts
+from lenvm_training.reference_config import convert_reference
+from lenvm_training.rollout_data import DataSettings, load_rollouts, select_rollouts
+from lenvm_training.rollout_report import write_length_report
+from lenvm_training.rollouts import ChatEncoder, ImageChatEncoder, PromptEncoder, read_rollouts, sample_rollouts
+from lenvm_training.self_prompts import TURN, EmptyTurnEncoder, prompts_from_turns
+from lenvm_training.targets import DiscountedReturn
+
+TEMPLATE_DOMAINS = ("short_long", "requested")
+ENGINE_URL, SERVED_MODEL = "LENVM_ENGINE_URL", "LENVM_MODEL"
+
+
+def write_prompts(experiment: Experiment, command: Sequence[str]) -> None:
+    """Write the prompt files: sources, templates, self-made ones; deduplicated and split."""
+    settings = experiment.prompts
+    if settings is None:
+        raise ConfigError("prompts: missing")
+    prompts: list[Prompt] = []
+    if settings.self_made:
+        if not _engine_url(experiment):
+            return _run_with_engine(experiment, command)
+        prompts += _self_made(experiment, settings.self_made, Path(settings.out))
+    for source in settings.sources:
+        found = load_prompts(source, Path(settings.image_folder), settings.seed)
+        _say(f"{source.name or source.path}: {len(found)} prompts")
+        prompts += found
+    if settings.templates:
+        prompts += [p for name in TEMPLATE_DOMAINS for p in template_prompts(settings.templates, name, settings.seed)]
+    train, held_out = split_prompts(prompts, settings.eval_fraction, settings.seed)
+    for path, part in ((settings.out, train), (settings.eval_out, held_out)):
+        _write_lines(Path(path), (prompt.to_json() for prompt in part))
+        _say(f"{path}: {len(part)} prompts")
+    return None
+
+
+def _self_made(experiment: Experiment, count: int, out: Path) -> list[Prompt]:
+    from transformers import AutoTokenizer
+
+    settings = _rollout_settings(experiment)
+    tokenizer = AutoTokenizer.from_pretrained(_served_folder(experiment))
+    path = out.with_suffix(".turns.jsonl")
+    asyncio.run(_sample(experiment, [TURN], EmptyTurnEncoder(tokenizer), path, count))
+    prompts = prompts_from_turns(read_rollouts(path), tokenizer)
+    _say(f"self-made: {len(prompts)} different prompts of {count} turns ({settings.sampling.max_new_tokens} tokens)")
+    return prompts
+
+
+def write_rollouts(experiment: Experiment, command: Sequence[str]) -> None:
+    """Sample completions of both prompt files, starting the engine when no address is given."""
+    settings = _rollout_settings(experiment)
+    if experiment.prompts is None:
+        raise ConfigError("prompts: missing: 'out' and 'eval_out' name the prompt files")
+    if not _engine_url(experiment):
+        return _run_with_engine(experiment, command)
+    parts = (
+        (experiment.prompts.out, settings.out, settings.samples),
+        (experiment.prompts.eval_out, settings.eval_out, settings.eval_samples),
+    )
+    for prompt_file, out, samples in parts:
+        prompts = read_prompts(Path(prompt_file))
+        encoder = _encoder(experiment, prompts)
+        kept = [prompt for prompt in prompts if len(encoder.encode(prompt)) <= settings.max_prompt_tokens]
+        added = asyncio.run(_sample(experiment, kept, encoder, Path(out), samples))
+        _say(f"{out}: {added} completions added; {len(prompts) - len(kept)} prompts were too long")
+        write_length_report(load_rollouts([out]), Path(out).with_suffix(""))
+    return None
+
+
+def _encoder(experiment: Experiment, prompts: Sequence[Prompt]) -> PromptEncoder:
+    from transformers import AutoProcessor, AutoTokenizer
+
+    folder = _served_folder(experiment)
+    if any(prompt.images for prompt in prompts):
+        return ImageChatEncoder(AutoProcessor.from_pretrained(folder))
+    return ChatEncoder(AutoTokenizer.from_pretrained(folder))
+
+
+async def _sample(
+    experiment: Experiment, prompts: list[Prompt], encoder: PromptEncoder, path: Path, samples: int
+) -> int:
+    settings = _rollout_settings(experiment)
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
+    added = await sample_rollouts(
+        prompts,
+        encoder,
+        _engine_url(experiment),
+        path,
+        samples,
+        settings.sampling,
+        settings.concurrency,
+        settings.seed,
+        settings.api,
+        stop=stop,
+    )
+    if stop.is_set():
+        raise KeyboardInterrupt
+    return added
+
+
+def _rollout_settings(experiment: Experiment) -> RolloutSettings:
+    if experiment.rollouts is None:
+        raise ConfigError("rollouts: missing")
+    return experiment.rollouts
+
+
+def _engine_url(experiment: Experiment) -> str:
+    return _rollout_settings(experiment).engine_url or os.environ.get(ENGINE_URL, "")
+
+
+def _served_folder(experiment: Experiment) -> Path:
+    return resolve_folder(os.environ.get(SERVED_MODEL) or experiment.model.served_model)
+
+
+def _run_with_engine(experiment: Experiment, command: Sequence[str]) -> None:
+    """Run ``command`` again as a child of ``lenvm with-engine``, which starts and stops the engine."""
+    lenvm = [sys.executable, "-m", "lenvm_runtime.cli"]
+    flags = [f"--engine-argument={argument}" for argument in _rollout_settings(experiment).engine_arguments]
+    model = str(Path(experiment.model.served_model).expanduser())
+    status = subprocess.run([*lenvm, "with-engine", "--model", model, *flags, "--", *lenvm, *command]).returncode
+    if status:
+        raise EngineError(f"with-engine ended with status {status}")
+
+
+def train(experiment: Experiment, _: Sequence[str]) -> None:
+    """Train what the configuration names; figures on standard output."""
+    from lenvm_training.heads_run import train_heads
+    from lenvm_training.lenvm_trainer import LenVMRun, train_lenvm
+
+    model, target = experiment.model, experiment.target
+    if experiment.training is not None:
+        _print(train_lenvm(LenVMRun(model, experiment.data, experiment.training, target)))
+        return
+    assert experiment.heads is not None
+    rows, held_out = (
+        select_rollouts(load_rollouts(paths), experiment.data)
+        for paths in (experiment.data.rollouts, experiment.data.eval_rollouts)
+    )
+    folder, name = resolve_folder(model.backbone), model.base_name or model.backbone
+    _print(train_heads(experiment.heads, folder, name, target.gamma, _as_lists(rows), _as_lists(held_out)))
+
+
+def _as_lists(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    names = ("prompt_token_ids", "output_token_ids")
+    return [row | {name: list(row[name]) for name in names} for row in rows]
+
+
+def evaluate(experiment: Experiment, _: Sequence[str]) -> None:
+    """Evaluate a LenVM or head; figures and plots go to ``evaluation.out``."""
+    from lenvm_training.lenvm_trainer import RESULT_FOLDER, build_collator
+    from lenvm_training.prompt_evaluation import evaluate_prompts
+
+    settings = experiment.evaluation
+    if settings is None:
+        raise ConfigError("evaluation: missing")
+    trained = (
+        experiment.heads.out if experiment.heads else f"{(experiment.training or {})['output_dir']}/{RESULT_FOLDER}"
+    )
+    rows = select_rollouts(load_rollouts(experiment.data.eval_rollouts), DataSettings(()))
+    fit = select_rollouts(
+        load_rollouts(experiment.data.rollouts), replace(experiment.data, max_prompts=settings.max_fit_prompts)
+    )
+    source = settings.lenvm or trained
+    backbone = resolve_folder(experiment.model.backbone)
+    model = load_lenvm(source, base_model=str(backbone))
+    probe_folder = resolve_folder(settings.probe_model) if settings.probe_model else backbone
+    probe = load_language_model(probe_folder, next(model.parameters()).dtype)
+    space = DiscountedReturn(settings.gamma or model.lenvm_config.target.gamma)
+    out = Path(settings.out)
+    result = evaluate_prompts(
+        model, probe, rows, fit, build_collator(model, backbone), settings.min_samples, space, out
+    )
+    _print({"boundary": result.boundary, "coverage": result.coverage, "states": result.states})
+
+
+def sweep(path: Path, overrides: list[str]) -> None:
+    """Train and evaluate what a sweep file names."""
+    from lenvm_training.sweep import load_sweep, run_sweep, variant_experiments
+
+    def run(experiment: Experiment) -> None:
+        train(experiment, ())
+        evaluate(experiment, ())
+
+    loaded = load_sweep(path)
+    _print(run_sweep(loaded, variant_experiments(loaded, path, overrides), run, _say))
+
+
+def report(rollouts: Sequence[str], out: Path) -> None:
+    """Numbers and plot of the lengths in rollout files."""
+    _print(write_length_report(load_rollouts(rollouts), out))
+
+
+def downsample(rollouts: str, out: Path, samples: int, seed: int) -> None:
+    """At most ``samples`` completions of each prompt, seeded."""
+    if samples < 1:
+        raise ValueError(f"--samples: must be at least 1, got {samples}")
+    settings = DataSettings((), max_samples_per_prompt=samples, max_tokens=sys.maxsize, seed=seed)
+    rows = select_rollouts(load_rollouts([rollouts]), settings)
+    _write_lines(out, (json.dumps(row) for row in _as_lists(rows)))
+    _say(f"{out}: {len(rows)} completions")
+
+
+def group(rollouts: Path, prompts: Path, model: str, out: Path) -> None:
+    """Write the public grouped format, groups in random order."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve_folder(model))
+    rows = _as_lists(load_rollouts([rollouts]))
+    random.Random(0).shuffle(rows)
+    _write_lines(out, (json.dumps(row) for row in group_rollouts(rows, read_prompts(prompts), tokenizer)))
+
+
+def ungroup(grouped: Path, out: Path, model: str, assume_finished: bool) -> None:
+    """Read the public grouped format; says how many rows had to be tokenised anew."""
+    from transformers import AutoTokenizer
+
+    reader = GroupedReader(AutoTokenizer.from_pretrained(resolve_folder(model)), assume_finished)
+    rows = []
+    for number, line in enumerate(grouped.read_text(encoding="utf-8").split("\n"), 1):
+        if line:
+            try:
+                rows.append(reader.read(json.loads(line), f"{grouped}:{number}"))
+            except json.JSONDecodeError:
+                raise ValueError(f"{grouped}:{number}: not a JSON object") from None
+    _write_lines(out, map(json.dumps, rows))
+    _say(f"{out}: {len(rows)} completions, {reader.num_retokenised} of them tokenised from text (not exact)")
+
+
+def convert_config(reference: Path, out: Path) -> None:
+    """Convert a file of the reference; each key that is lost gets a line on standard error and in the file."""
+    content, problems = convert_reference(load_yaml(reference), str(reference))
+    head = "".join(f"# {problem}\n" for problem in problems)
+    _write_lines(out, [head + yaml.safe_dump(content, sort_keys=False).rstrip()])
+    for problem in problems:
+        _say(problem)
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.writelines(line + "\n" for line in lines)
+    partial.replace(path)
+
+
+def _say(message: str) -> None:
+    print(f"lenvm: {message}", file=sys.stderr, flush=True)
+
+
+def _print(figures: Any) -> None:
+    print(json.dumps(figures, indent=2))
