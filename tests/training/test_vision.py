@@ -1,0 +1,147 @@
+"""A vision-language LenVM (Qwen2.5-VL architecture, random weights) trained on real image files by the same trainer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import VOCAB_SIZE, make_rows, make_tokenizer, write_rows
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
+
+from lenvm_training.lenvm_trainer import LenVMRun, train_lenvm
+from lenvm_training.model import LoraSettings, ModelSettings, build_lenvm, load_lenvm
+from lenvm_training.rollout_data import DataSettings, RolloutCollator, RolloutDataset, RolloutFileError
+from lenvm_training.targets import TargetConfig
+
+IMAGE, START, END = VOCAB_SIZE, VOCAB_SIZE + 1, VOCAB_SIZE + 2
+PIXELS = {"min_pixels": 28 * 28, "max_pixels": 28 * 28 * 16}
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vl")
+    torch.manual_seed(0)
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": VOCAB_SIZE + 4,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "window_size": 56,
+            "fullatt_block_indexes": [1],
+        },
+        image_token_id=IMAGE,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+        video_token_id=VOCAB_SIZE + 3,
+    )
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    Qwen2VLImageProcessor(**PIXELS).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_image(folder: Path, bright: bool, size: tuple[int, int]) -> str:
+    """A dark or a bright noisy picture."""
+    noise = np.random.default_rng(size).integers(0, 40, (*size[::-1], 3))
+    path = folder / f"{bright}-{size}.png"
+    Image.fromarray((noise + (200 if bright else 0)).astype(np.uint8)).save(path)
+    return str(path)
+
+
+def image_rows(folder: Path, seed: int) -> list[dict[str, Any]]:
+    """Only the picture tells how long the answer is: bright ones get long answers. A quarter has no picture."""
+    processor = Qwen2VLImageProcessor(**PIXELS)
+    rows = []
+    for index, row in enumerate(make_rows(8, seed)):
+        bright = bool(index % 2)
+        row = row | {"output_token_ids": [10] * (12 if bright else 2) + [1], "finish_reason": "stop"}
+        if index % 4 != 3:
+            path = make_image(folder, bright, (56, 84) if index % 3 else (56, 56))
+            grid = processor(images=[Image.open(path)], return_tensors="pt")["image_grid_thw"][0]
+            count = int(grid.prod()) // processor.merge_size**2
+            row |= {"prompt_token_ids": [2, START, *[IMAGE] * count, END, 1, 3], "images": [path]}
+        rows.append(row)
+    return rows
+
+
+def collator(backbone: Path) -> RolloutCollator:
+    return RolloutCollator(0, Qwen2VLImageProcessor.from_pretrained(backbone), IMAGE)
+
+
+def test_values_are_those_of_the_model_with_the_processors_inputs(backbone: Path, tmp_path: Path) -> None:
+    dataset = RolloutDataset(image_rows(tmp_path, 0)[:5])
+    batch = collator(backbone)([dataset[index] for index in range(5)])
+    model = build_lenvm(ModelSettings(str(backbone), "served"), TargetConfig(gamma=0.9)).eval()
+    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(backbone).eval()
+    processor = Qwen2VLImageProcessor.from_pretrained(backbone)
+    labels = batch.pop("labels")
+    with torch.inference_mode():
+        predictions = model(**batch).predictions
+        for row in range(5):
+            item = dataset[row]
+            ids = torch.tensor([item["input_ids"]])
+            images = [Image.open(path).convert("RGB") for path in item["images"]]
+            extra = dict(processor(images=images, return_tensors="pt")) if images else {}
+            states = plain.model(input_ids=ids, mm_token_type_ids=ids.eq(IMAGE).int(), **extra).last_hidden_state
+            expected = model.value_head(states[0])
+            is_state = labels[row] != -100
+            torch.testing.assert_close(
+                predictions[row][is_state], expected[is_state[: len(expected)]], atol=1e-5, rtol=1e-4
+            )
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_training_learns_what_only_the_pictures_tell(backbone: Path, tmp_path: Path, kind: str) -> None:
+    files = [str(write_rows(tmp_path / f"{seed}.jsonl", image_rows(tmp_path, seed))) for seed in (0, 1)]
+    arguments = {
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": 25,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_steps": 25,
+    }
+    lora = LoraSettings(r=8, target_modules=r".*language_model.*\.(q_proj|v_proj|gate_proj|down_proj)")
+    settings = ModelSettings(str(backbone), "served", kind=kind, lora=lora, save_dtype="float32")
+    data = DataSettings((files[0],), (files[1],))
+    figures = train_lenvm(LenVMRun(settings, data, arguments, TargetConfig(gamma=0.9)))
+    assert figures["tau_0"] > 0.3
+    folder = tmp_path / "run" / "lenvm"
+    assert json.loads((folder / "figures.json").read_text()) == figures
+    dataset = RolloutDataset(image_rows(tmp_path, 1)[:4])
+    batch = collator(backbone)([dataset[index] for index in range(4)])
+    labels = batch.pop("labels")
+    with torch.inference_mode():
+        loaded, again = (load_lenvm(path)(**batch).predictions for path in (folder, tmp_path / "run" / "checkpoint-25"))
+    assert torch.equal(loaded[labels != -100], again[labels != -100])
+
+
+def test_images_that_do_not_fit_their_tokens_are_named(backbone: Path, tmp_path: Path) -> None:
+    row = image_rows(tmp_path, 0)[0]
+    prompt_ids = list(row["prompt_token_ids"])
+    prompt_ids.remove(IMAGE)
+    dataset = RolloutDataset([row | {"prompt_token_ids": prompt_ids}])
+    with pytest.raises(RolloutFileError, match=r"prompt 0-0 sample 0: \d+ image tokens, its images stand for \d+"):
+        collator(backbone)([dataset[0]])
+    with pytest.raises(RolloutFileError, match="the backbone takes none"):
+        RolloutCollator(0)([RolloutDataset([row])[0]])
+    broken = RolloutDataset([row | {"images": [str(tmp_path / "gone.png")]}])
+    with pytest.raises(RolloutFileError, match=r"gone\.png: cannot be read as an image"):
+        collator(backbone)([broken[0]])
