@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from local_hub import local_hub
 
 from lenvm_kernels.checkpoint import Head, load_head, save_head
 from lenvm_kernels.heads import CandidateHead, HeadConfig, ValueHead
 from lenvm_training.hub import push_folder
+from local_hub import local_hub
 
 CONFIG = HeadConfig("tiny", 16, 50, 0.97, 4, 64, 8, (), (2,))
 CALL = "import sys; from pathlib import Path; from lenvm_training.hub import push_folder, pull_folder, HubError\n"

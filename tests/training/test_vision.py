@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import VOCAB_SIZE, make_rows, make_tokenizer, write_rows
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
 
 from lenvm_training.lenvm_trainer import LenVMRun, train_lenvm
 from lenvm_training.model import LoraSettings, ModelSettings, build_lenvm, load_lenvm
 from lenvm_training.rollout_data import DataSettings, RolloutCollator, RolloutDataset, RolloutFileError
 from lenvm_training.targets import TargetConfig
+from tiny import VOCAB_SIZE, make_rows, make_tokenizer, write_rows
 
 IMAGE, START, END = VOCAB_SIZE, VOCAB_SIZE + 1, VOCAB_SIZE + 2
 PIXELS = {"min_pixels": 28 * 28, "max_pixels": 28 * 28 * 16}

@@ -28,6 +28,7 @@ from lenvm_training.rollouts import RolloutWriteError  # noqa: E402
 Command = Callable[[argparse.Namespace], None]
 STATUS_BAD_INPUT, STATUS_TRY_AGAIN, STATUS_INTERRUPTED = 2, 1, 130
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_MARKS = ("No space left", "File too large", "PytorchStreamWriter", "inline_container", "iostream error")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -181,7 +182,7 @@ def _is_full_disk(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in FULL
     text = str(error)
-    return any(mark in text for mark in ("No space left", "File too large", "PytorchStreamWriter"))
+    return any(mark in text for mark in FULL_MARKS)
 
 
 def _fail(parser: _Parser, message: str, status: int) -> int:

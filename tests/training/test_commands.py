@@ -1,0 +1,240 @@
+"""The commands: a whole experiment on a tiny model, exit statuses, one line an error, and how ``lenvm`` finds them."""
+
+from __future__ import annotations
+
+import json
+import resource
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import yaml
+
+from lenvm_runtime import cli
+from lenvm_training import commands, experiment_steps
+from lenvm_training.experiment_steps import ENGINE_URL
+from local_engine import local_engine
+from tiny import make_backbone, make_rows, write_rows
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENGINE_URL, raising=False)
+    monkeypatch.delenv(experiment_steps.SERVED_MODEL, raising=False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def write_config(folder: Path, **changes: Any) -> str:
+    if not (folder / "backbone").exists():
+        make_backbone(folder / "backbone")
+    words = [{"q": f"w{4 + index % 50} w{10 + index // 50}"} for index in range(60)]
+    (folder / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in words))
+    content = {
+        "prompts": {
+            "out": "prompts.jsonl",
+            "eval_out": "eval_prompts.jsonl",
+            "eval_fraction": 0.3,
+            "sources": [{"path": "words.jsonl", "domain": "words", "columns": {"text": "q"}, "count": 40}],
+            "self_made": 10,
+        },
+        "rollouts": {
+            "out": "rollouts.jsonl",
+            "eval_out": "eval.jsonl",
+            "samples": 2,
+            "eval_samples": 4,
+            "concurrency": 8,
+        },
+        "model": {"backbone": "backbone", "served_model": "backbone", "kind": "full"},
+        "target": {"gamma": 0.9},
+        "data": {"rollouts": ["rollouts.jsonl"], "eval_rollouts": ["eval.jsonl"]},
+        "training": {
+            "output_dir": "run",
+            "max_steps": 10,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 1e-2,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "save_steps": 5,
+        },
+        "evaluation": {"out": "run/evaluation"},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump({**content, **changes}))
+    return "config.yaml"
+
+
+def lines(path: str) -> list[Any]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_an_experiment_from_prompts_to_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path)
+    with local_engine() as url:
+        for command in (commands.prompts, commands.rollouts):
+            assert command([config, f"rollouts.engine_url={url}"]) == 0
+        rows = lines("rollouts.jsonl")
+        assert commands.rollouts([config, f"rollouts.engine_url={url}"]) == 0
+        assert lines("rollouts.jsonl") == rows, "nothing is sampled twice"
+    prompts, held_out = lines("prompts.jsonl"), lines("eval_prompts.jsonl")
+    assert {row["domain"] for row in prompts} == {"words", "self_made"}
+    assert not {row["id"] for row in prompts} & {row["id"] for row in held_out}
+    assert len(rows) == 2 * len(prompts)
+    assert len(lines("eval.jsonl")) == 4 * len(held_out)
+    assert Path("rollouts/lengths.png").exists()
+    assert commands.train([config]) == 0
+    assert commands.evaluate([config]) == 0
+    figures = json.loads(Path("run/evaluation/evaluation.json").read_text())
+    assert figures["num_prompts"] == len(held_out)
+    assert set(figures["boundary"]) == {"lenvm", "constant", "prompt_length", "ridge_probe"}
+    assert "mse_position" in capsys.readouterr().out
+
+
+def test_files_are_converted_and_thinned_out(tmp_path: Path) -> None:
+    make_backbone(tmp_path / "backbone")
+    rows = make_rows(4)
+    write_rows(tmp_path / "rollouts.jsonl", rows)
+    messages = [{"role": "user", "content": "w5"}]
+    prompts = [{"id": f"0-{index}", "domain": "math", "messages": messages} for index in range(4)]
+    write_rows(tmp_path / "prompts.jsonl", prompts)
+    assert commands.group(["rollouts.jsonl", "g.jsonl", "--prompts", "prompts.jsonl", "--model", "backbone"]) == 0
+    assert commands.ungroup(["g.jsonl", "again.jsonl", "--model", "backbone"]) == 0
+    assert sorted(lines("again.jsonl"), key=str) == sorted(rows, key=str)
+    assert commands.downsample(["rollouts.jsonl", "few.jsonl", "--samples", "2"]) == 0
+    assert len(lines("few.jsonl")) == 8
+    assert commands.report(["few.jsonl", "--out", "report"]) == 0
+    assert Path("report/lengths.md").exists()
+
+
+def test_heads_on_frozen_states_are_trained_by_the_same_command(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rollouts.jsonl", make_rows(40, 0))
+    write_rows(tmp_path / "eval.jsonl", make_rows(12, 1, num_samples=6))
+    heads = {"work": "states", "out": "head", "epochs": 3, "states": 6, "num_bins": 8, "max_length": 32, "rank": 8}
+    config = write_config(tmp_path, heads=heads, training=None)
+    assert commands.train([config]) == 0
+    assert json.loads(Path("head/lenvm_config.json").read_text())["num_bins"] == 8
+    assert commands.evaluate([config]) == 0
+
+
+def test_the_references_yaml_is_converted_and_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reference = {"stage": "lenvm", "model_name_or_path": "b", "dataset": "d", "output_dir": "o", "template": "qwen"}
+    Path("reference.yaml").write_text(yaml.safe_dump(reference))
+    assert commands.convert_config(["reference.yaml", "ours.yaml"]) == 0
+    assert "template: not known here" in capsys.readouterr().err
+    assert Path("ours.yaml").read_text().startswith("# template: not known here\n")
+    assert commands.train(["reference.yaml"]) == 2
+    assert "convert it with lenvm convert-config" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "status", "message"),
+    [
+        ("train", ["nothing.yaml"], 2, "nothing.yaml: No such file"),
+        ("train", ["config.yaml", "data.rollouts=[gone.jsonl]"], 2, "gone.jsonl: cannot be read"),
+        ("train", ["config.yaml", "model.backbone=gone/model"], 2, "gone/model: neither a folder nor a model"),
+        ("train", ["config.yaml", "training.warmup=3"], 2, "training.warmup: not one of"),
+        ("evaluate", ["config.yaml", "evaluation.lenvm=backbone"], 2, "no lenvm_config.json, and no gamma is known"),
+        ("evaluate", ["config.yaml", "evaluation=null"], 2, "evaluation: missing"),
+        ("prompts", ["config.yaml", "prompts=null"], 2, "prompts: missing"),
+        ("rollouts", ["config.yaml", "rollouts.api=telnet"], 2, "rollouts.api: must be one of engine, openai"),
+        ("push", ["backbone", "me/x"], 2, "not a head or LenVM folder"),
+        ("downsample", ["rollouts.jsonl", "o.jsonl", "--samples", "0"], 2, "--samples: must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line_and_its_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, arguments: list[str], status: int, message: str
+) -> None:
+    write_config(tmp_path)
+    write_rows(tmp_path / "rollouts.jsonl", make_rows(4))
+    write_rows(tmp_path / "eval.jsonl", make_rows(4, 1))
+    capsys.readouterr()
+    assert getattr(commands, command)(arguments) == status
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"lenvm {command}: ")
+    assert message in error
+
+
+def test_an_engine_that_is_down_says_so_and_can_be_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lenvm_training import endpoints
+
+    async def at_once(_: float) -> None:
+        pass
+
+    monkeypatch.setattr(endpoints.asyncio, "sleep", at_once)
+    config = write_config(tmp_path)
+    write_rows(
+        tmp_path / "prompts.jsonl", [{"id": "a", "domain": "d", "messages": [{"role": "user", "content": "w5"}]}]
+    )
+    assert commands.rollouts([config, "rollouts.engine_url=http://127.0.0.1:9"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "the engine at http://127.0.0.1:9 does not answer" in error
+    assert error.endswith("(run the same command again to go on)")
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file can grow beyond ``size`` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [20_000, 90_000])
+def test_a_full_disk_stops_training_and_it_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int
+) -> None:
+    config = write_config(tmp_path)
+    write_rows(tmp_path / "rollouts.jsonl", make_rows(12))
+    write_rows(tmp_path / "eval.jsonl", make_rows(4, 1))
+    with full_disk(size):
+        assert commands.train([config]) == 1
+    assert "the disk is full; make room and run the same command again" in capsys.readouterr().err
+    assert commands.train([config]) == 0
+    assert Path("run/lenvm/value_head.safetensors").exists()
+
+
+def test_the_engine_is_started_by_the_runtimes_own_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_config(tmp_path)
+    calls: list[list[str]] = []
+
+    class Ended:
+        returncode = 0
+
+    def run(command: list[str]) -> Ended:
+        calls.append(command)
+        return Ended()
+
+    monkeypatch.setattr(experiment_steps.subprocess, "run", run)
+    assert commands.rollouts([config, "rollouts.engine_arguments=[--dtype=bfloat16]"]) == 0
+    (call,) = calls
+    assert call[1:] == [
+        *("-m", "lenvm_runtime.cli", "with-engine", "--model", "backbone", "--engine-argument=--dtype=bfloat16", "--"),
+        call[0],
+        *("-m", "lenvm_runtime.cli", "rollouts", config, "rollouts.engine_arguments=[--dtype=bfloat16]"),
+    ]
+
+
+def test_lenvm_hands_the_declared_commands_their_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][cli.ADDED_COMMANDS]
+    points = EntryPoints(EntryPoint(name, value, cli.ADDED_COMMANDS) for name, value in declared.items())
+    monkeypatch.setattr(cli, "entry_points", lambda group: points)
+    for point in points:
+        assert callable(point.load())
+    assert cli.main(["train", "nothing.yaml", "a=b"]) == 2
+    assert "lenvm train: nothing.yaml: No such file" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["tune"])
+    assert raised.value.code == 2
