@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +105,43 @@ def test_one_by_eight_gives_the_gradients_of_eight_by_one(tmp_path: Path) -> Non
     assert sum(gradient.norm() for gradient in whole.values()) > 0
     for name, gradient in whole.items():
         torch.testing.assert_close(split[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+ONE_STEP = """
+import sys, torch
+from pathlib import Path
+from lenvm_kernels import torchvision_schema
+torchvision_schema.declare_if_missing()
+from test_lenvm_trainer import gradients
+torch.save(gradients(Path(sys.argv[1]), 4, 1), f"{sys.argv[1]}/gradients-{sys.argv[2]}.pt")
+"""
+
+
+def test_two_devices_give_the_gradients_of_one(tmp_path: Path) -> None:
+    whole = gradients(tmp_path, 8, 1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes = []
+    for rank in ("0", "1"):
+        environment = os.environ | {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
+        command = [sys.executable, "-c", ONE_STEP, str(tmp_path), rank]
+        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    for process in processes:
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error
+    for rank in (0, 1):
+        split = torch.load(tmp_path / f"gradients-{rank}.pt")
+        for name, gradient in whole.items():
+            torch.testing.assert_close(split[name], gradient, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "head"])

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from pydantic import TypeAdapter
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
 
@@ -181,8 +183,8 @@ def _own_figures(metrics: dict[str, float]) -> dict[str, float]:
 def _complete_result(trainer: LenVMTrainer, tokenizer: Any, run: LenVMRun, figures: dict[str, float]) -> None:
     """Weights in their final precision, tokenizer, figures, plots and card beside the value head."""
     folder = Path(trainer.args.output_dir) / RESULT_FOLDER
-    if run.model.kind == "full" and run.model.save_dtype != run.model.dtype:
-        load_language_model(folder, getattr(torch, run.model.save_dtype)).save_pretrained(folder)
+    if run.model.save_dtype != run.model.dtype:
+        _convert_weights(folder, run.model.kind, getattr(torch, run.model.save_dtype))
     tokenizer.save_pretrained(folder)
     (folder / FIGURES_FILE).write_text(json.dumps(figures, indent=2) + "\n")
     plots.plot_loss(folder / "loss.png", trainer.state.log_history)
@@ -190,3 +192,12 @@ def _complete_result(trainer: LenVMTrainer, tokenizer: Any, run: LenVMRun, figur
         plots.plot_error_by_position(folder / "error_by_position.png", figures)
     settings = {"model": asdict(run.model), "target": asdict(run.target), "training": run.training}
     write_lenvm_card(folder, settings, trainer.train_dataset.rows, getattr(trainer.eval_dataset, "rows", []), figures)
+
+
+def _convert_weights(folder: Path, kind: str, dtype: torch.dtype) -> None:
+    """The backbone's or the adapter's weights in another precision; the value head keeps its own."""
+    if kind == "full":
+        load_language_model(folder, dtype).save_pretrained(folder)
+    elif kind == "lora":
+        path = folder / SAFETENSORS_WEIGHTS_NAME
+        save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path, {"format": "pt"})

@@ -57,7 +57,8 @@ class ModelSettings:
 
     ``backbone`` is a folder or hub name; one that holds a value head already is trained further. The result
     names it as its base, or ``base_name`` where that is given (for a folder that others do not have).
-    ``dtype`` is that of the weights during training, ``save_dtype`` that of a full fine-tune's result.
+    ``dtype`` is that of the weights during training, ``save_dtype`` that of the resulting backbone
+    or adapter.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
