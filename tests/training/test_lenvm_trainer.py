@@ -41,7 +41,7 @@ def make_run(folder: Path, kind: str = "full", name: str = "run", **training: An
         **training,
     }
     data = DataSettings((str(folder / "train.jsonl"),), (str(folder / "eval.jsonl"),))
-    model = ModelSettings(str(backbone), "served", "", kind, LoraSettings(r=4, alpha=8, dropout=0.1))
+    model = ModelSettings(str(backbone), "served", "", "", kind, LoraSettings(r=4, alpha=8, dropout=0.1))
     return LenVMRun(model, data, settings, TARGET)
 
 

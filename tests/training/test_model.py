@@ -40,7 +40,7 @@ def batch() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", ["full", "lora", "head"])
 def test_a_folder_gives_back_the_values(tmp_path: Path, family: str, kind: str) -> None:
     backbone = make_backbone(tmp_path / "backbone", family)
-    settings = ModelSettings(str(backbone), "served", "", kind, LoraSettings(r=4, alpha=8))
+    settings = ModelSettings(str(backbone), "served", "", "", kind, LoraSettings(r=4, alpha=8))
     model = build_lenvm(settings, TARGET)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -96,7 +96,7 @@ def test_published_folders_are_read_whatever_name_tied_embeddings_have(tmp_path:
 
 
 def test_an_adapter_has_the_names_that_other_servers_read(tmp_path: Path) -> None:
-    settings = ModelSettings(str(make_backbone(tmp_path / "b", "llama")), "served", "", "lora", LoraSettings(r=2))
+    settings = ModelSettings(str(make_backbone(tmp_path / "b", "llama")), "served", "", "", "lora", LoraSettings(r=2))
     save_lenvm(build_lenvm(settings, TARGET), tmp_path / "lenvm")
     names = set(load_file(tmp_path / "lenvm" / "adapter_model.safetensors"))
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in names
@@ -106,7 +106,7 @@ def test_an_adapter_has_the_names_that_other_servers_read(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("kind", "trained"), [("full", "all"), ("lora", "lora_"), ("head", "value_head")])
 def test_only_what_the_kind_names_is_trained(tmp_path: Path, kind: str, trained: str) -> None:
-    model = build_lenvm(ModelSettings(str(make_backbone(tmp_path, "llama", tied=False)), "served", "", kind), TARGET)
+    model = build_lenvm(ModelSettings(str(make_backbone(tmp_path, "llama", tied=False)), "served", kind=kind), TARGET)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name for name in names if name.startswith("value_head")} == {
         f"value_head.{name}" for name in model.value_head.state_dict()
@@ -145,9 +145,9 @@ def test_unusable_folders_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"1 weights are missing, the first is model\.norm\.weight"):
         build_lenvm(ModelSettings(str(tmp_path / "llama"), "served"), TARGET)
     with pytest.raises(ValueError, match=r"model\.kind"):
-        ModelSettings("a", "b", "", "half")
+        ModelSettings("a", "b", kind="half")
     nothing = LoraSettings(target_modules=("nothing",))
-    settings = ModelSettings(str(make_backbone(tmp_path / "ok", "llama")), "served", "", "lora", nothing)
+    settings = ModelSettings(str(make_backbone(tmp_path / "ok", "llama")), "served", "", "", "lora", nothing)
     with pytest.raises(ValueError, match=r"model\.lora\.target_modules"):
         build_lenvm(settings, TARGET)
 

@@ -108,7 +108,7 @@ def train_lenvm(run: LenVMRun) -> dict[str, float]:
     figures = _own_figures(trainer.evaluate()) if held_out is not None else {}
     trainer.save_model(str(output / RESULT_FOLDER))  # on every process: gathers sharded weights
     if trainer.is_world_process_zero():
-        _complete_result(trainer, tokenizer, run, figures)
+        _complete_result(trainer, model, tokenizer, run, figures)
     return figures
 
 
@@ -180,7 +180,9 @@ def _own_figures(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in own.items() if name in FIGURES or name.rpartition("_")[0] in FIGURES}
 
 
-def _complete_result(trainer: LenVMTrainer, tokenizer: Any, run: LenVMRun, figures: dict[str, float]) -> None:
+def _complete_result(
+    trainer: LenVMTrainer, model: LenVM, tokenizer: Any, run: LenVMRun, figures: dict[str, float]
+) -> None:
     """Weights in their final precision, tokenizer, figures, plots and card beside the value head."""
     folder = Path(trainer.args.output_dir) / RESULT_FOLDER
     if run.model.save_dtype != run.model.dtype:
@@ -190,8 +192,10 @@ def _complete_result(trainer: LenVMTrainer, tokenizer: Any, run: LenVMRun, figur
     plots.plot_loss(folder / "loss.png", trainer.state.log_history)
     if figures:
         plots.plot_error_by_position(folder / "error_by_position.png", figures)
-    settings = {"model": asdict(run.model), "target": asdict(run.target), "training": run.training}
-    write_lenvm_card(folder, settings, trainer.train_dataset.rows, getattr(trainer.eval_dataset, "rows", []), figures)
+    recorded = model.lenvm_config
+    names = {"backbone": recorded.base_model, "served_model": recorded.served_model}
+    settings = {"model": asdict(run.model) | names, "target": asdict(run.target), "training": run.training}
+    write_lenvm_card(folder, settings, trainer.train_dataset, trainer.eval_dataset, figures)
 
 
 def _convert_weights(folder: Path, kind: str, dtype: torch.dtype) -> None:

@@ -56,7 +56,7 @@ class ModelSettings:
     """What is trained. ``kind``: ``full`` fine-tune, ``lora`` adapter, or ``head`` on a frozen backbone.
 
     ``backbone`` is a folder or hub name; one that holds a value head already is trained further. The result
-    names it as its base, or ``base_name`` where that is given (for a folder that others do not have).
+    records ``base_name`` and ``served_name`` where they are given (for folders that others do not have).
     ``dtype`` is that of the weights during training, ``save_dtype`` that of the resulting backbone
     or adapter.
     """
@@ -66,6 +66,7 @@ class ModelSettings:
     backbone: str
     served_model: str
     base_name: str = ""
+    served_name: str = ""
     kind: str = "full"
     lora: LoraSettings = field(default_factory=LoraSettings)
     dtype: str = "float32"
@@ -176,7 +177,7 @@ def build_lenvm(settings: ModelSettings, target: TargetConfig) -> LenVM:
     has_head = (folder / VALUE_FILE).exists()
     value_head = load_value_head(folder, hidden_size) if has_head else ValueHead(hidden_size)
     base_name = settings.base_name or settings.backbone
-    config = LenVMConfig(settings.kind, base_name, settings.served_model, target)
+    config = LenVMConfig(settings.kind, base_name, settings.served_name or settings.served_model, target)
     language_model.requires_grad_(settings.kind == "full")
     if settings.kind == "lora":
         language_model = _add_lora(language_model, settings, base_name)

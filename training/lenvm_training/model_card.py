@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lenvm_kernels.heads import HeadConfig
+from lenvm_training.rollout_data import RolloutDataset
 from lenvm_training.rollouts import FINISHED
 from lenvm_training.trainer import TrainSettings
 
@@ -82,13 +83,13 @@ out of the value targets, and "at least this long" for the distribution.
 def write_lenvm_card(
     folder: Path,
     settings: dict[str, Any],
-    rollouts: Sequence[dict[str, Any]],
-    held_rollouts: Sequence[dict[str, Any]],
+    train: RolloutDataset,
+    held_out: RolloutDataset | None,
     figures: dict[str, float],
 ) -> None:
     """Write ``README.md`` of a LenVM folder: what it predicts, from what data, with what settings and figures."""
     table = "\n".join(f"| `{name}` | {value:.4f} |" for name, value in figures.items())
-    held_out = f"Held out (other prompts): {_describe(held_rollouts)}" if held_rollouts else "Nothing was held out."
+    held = f"Held out (other prompts): {_describe(held_out.rows)}" if held_out else "Nothing was held out."
     (folder / CARD_FILE).write_text(
         f"""# LenVM for {settings["model"]["served_model"]}
 
@@ -97,11 +98,11 @@ much of the answer is still to come. It describes the served model sampled as be
 
 ## Data
 
-{_describe(rollouts)}
+{_describe(train.rows)} {train.num_censored} more were cut by the token limit and have no target.
 
-{held_out}
+{held}
 
-Sampling: {_describe_sampling(rollouts)}. Completions cut by the token limit have no target.
+Sampling: {_describe_sampling(train.rows)}.
 
 ## Settings
 
