@@ -87,7 +87,9 @@ def train_lenvm(run: LenVMRun) -> dict[str, float]:
     """
     arguments = training_arguments(run.training)
     output = Path(arguments.output_dir)
-    _claim_output(output, run)
+    with arguments.main_process_first():
+        _claim_output(output, run)
+        checkpoint = last_checkpoint(output)
     torch.manual_seed(arguments.seed)
     train, held_out = _load_datasets(run.data)
     model = build_lenvm(run.model, run.target)
@@ -104,7 +106,7 @@ def train_lenvm(run: LenVMRun) -> dict[str, float]:
         data_collator=build_collator(model, folder),
         compute_metrics=lambda output: state_metrics(output.predictions, output.label_ids, model.space),
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(output))
+    trainer.train(resume_from_checkpoint=checkpoint)
     figures = _own_figures(trainer.evaluate()) if held_out is not None else {}
     trainer.save_model(str(output / RESULT_FOLDER))  # on every process: gathers sharded weights
     if trainer.is_world_process_zero():
@@ -170,8 +172,9 @@ def _claim_output(output: Path, run: LenVMRun) -> None:
     settings = TypeAdapter(LenVMRun).dump_json(run, indent=2).decode() + "\n"
     if path.exists() and path.read_text() != settings:
         raise ValueError(f"training.output_dir: {output} holds a run of other settings (see {SETTINGS_FILE} there)")
-    output.mkdir(parents=True, exist_ok=True)
-    path.write_text(settings)
+    if not path.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        path.write_text(settings)
 
 
 def _own_figures(metrics: dict[str, float]) -> dict[str, float]:
