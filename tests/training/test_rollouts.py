@@ -55,7 +55,15 @@ def test_every_completion_is_sampled_once(tmp_path: Path) -> None:
     assert sample(path, engine(requests)) == 10
     rows = list(read_rollouts(path))
     assert len({(row["prompt_id"], row["sample"]) for row in rows}) == 10
-    assert rows[0]["sampling"] == {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 640}
+    assert rows[0]["sampling"] == {
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "max_new_tokens": 640,
+    }
+    assert requests[0]["sampling_params"] == rows[0]["sampling"]
     assert rows[0]["output_token_ids"] == [1, 2]
     assert sample(path, engine(requests)) == 0
     assert len(requests) == 10
@@ -171,12 +179,15 @@ def test_an_openai_endpoint_gets_and_gives_token_ids(tmp_path: Path) -> None:
     route, body = bodies[0]
     assert route == "/v1/completions"
     assert body["prompt"][1] == 7
-    assert {key: body[key] for key in ("model", "max_tokens", "return_token_ids", "temperature", "top_p")} == {
+    assert {name: value for name, value in body.items() if name != "prompt"} == {
         "model": "served",
         "max_tokens": 640,
         "return_token_ids": True,
         "temperature": 1.0,
         "top_p": 1.0,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
     }
     row = next(iter(read_rollouts(path)))
     assert (row["output_token_ids"], row["finish_reason"]) == ([9, 1], "length")

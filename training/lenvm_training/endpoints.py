@@ -25,10 +25,16 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn; stored with each row. Temperature 1 and top-p 1: the model's own distribution."""
+    """How completions are drawn; stored with each row. The defaults draw from the model's own distribution.
+
+    All of it is sent with each request: a server would else fill in what the model's generation_config says.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     max_new_tokens: int = 640
 
 
@@ -92,13 +98,8 @@ class OpenAIEndpoint:
 
     async def complete(self, request: Request, sampling: Sampling) -> Completion:
         path = "/v1/chat/completions" if request.images else "/v1/completions"
-        body = {
-            "model": self._model,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_tokens": sampling.max_new_tokens,
-            "return_token_ids": True,
-        }
+        fields = asdict(sampling)
+        body = {"model": self._model, "max_tokens": fields.pop("max_new_tokens"), "return_token_ids": True, **fields}
         body |= {"messages": _with_images(request)} if request.images else {"prompt": list(request.token_ids)}
         answer = await _post(self._client, path, body, request.name, self._retry)
         choice = answer["choices"][0]
