@@ -10,17 +10,14 @@ import pytest
 import torch
 
 from lenvm_kernels.length_value import length_from_value, value_from_length
+from lenvm_training.comparison_rows import PromptSample, comparison_predictions, group_samples, ridge_predict
 from lenvm_training.model import ModelSettings, build_lenvm
 from lenvm_training.prompt_evaluation import (
-    PromptSample,
     boundary_figures,
     boundary_states,
-    comparison_predictions,
     evaluate_prompts,
-    group_samples,
     interval_coverage,
     predict_boundary,
-    ridge_predict,
 )
 from lenvm_training.rollout_data import RolloutCollator
 from lenvm_training.targets import DiscountedReturn, TargetConfig

@@ -15,7 +15,7 @@ import pytest
 
 from lenvm_training.endpoints import EngineError, Retry, Sampling
 from lenvm_training.prompts import Prompt, PromptFileError, prompts_from_file, read_prompts, template_prompts
-from lenvm_training.rollouts import ChatEncoder, RolloutWriteError, read_rollouts, sample_rollouts
+from lenvm_training.rollouts import CachedEncoder, ChatEncoder, RolloutWriteError, read_rollouts, sample_rollouts
 
 PROMPTS = [Prompt(f"p{index}", "math", [{"role": "user", "content": str(index)}]) for index in range(5)]
 AT_ONCE = Retry(attempts=3, first_delay_s=0.0)
@@ -30,6 +30,9 @@ class Tokenizer:
 
     def get_vocab(self) -> dict[str, int]:
         return {str(index): index for index in range(self.size)}
+
+    def get_added_vocab(self) -> dict[str, int]:
+        return {}
 
 
 def engine(requests: list[dict[str, Any]], fail_after: int = 10**9) -> httpx.MockTransport:
@@ -131,6 +134,22 @@ def test_nothing_new_begins_after_stop(tmp_path: Path) -> None:
     stop = asyncio.Event()
     stop.set()
     assert sample(tmp_path / "rollouts.jsonl", engine([]), stop=stop) == 0
+
+
+def test_each_prompt_is_encoded_once(tmp_path: Path) -> None:
+    class Counting(ChatEncoder):
+        count = 0
+
+        def encode(self, prompt: Prompt) -> list[int]:
+            self.count += 1
+            return super().encode(prompt)
+
+    counting = Counting(Tokenizer())
+    encoder = CachedEncoder(counting)
+    lists = [encoder.encode(PROMPTS[0]) for _ in range(3)]
+    assert counting.count == 1
+    assert lists == [[0, 7]] * 3
+    assert encoder.fingerprint == counting.fingerprint
 
 
 def test_a_file_belongs_to_one_tokenizer(tmp_path: Path) -> None:

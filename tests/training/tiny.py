@@ -27,8 +27,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<end>", "<user>", "<bot>", *(f"w{index}" for index in range(4, VOCAB_SIZE))]
+def make_tokenizer(prefix: str = "w") -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<end>", "<user>", "<bot>", *(f"{prefix}{index}" for index in range(4, VOCAB_SIZE))]
     inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<end>")

@@ -25,7 +25,14 @@ from lenvm_training.prompts import Prompt, read_prompts, template_prompts
 from lenvm_training.reference_config import convert_reference
 from lenvm_training.rollout_data import DataSettings, load_rollouts, select_rollouts
 from lenvm_training.rollout_report import write_length_report
-from lenvm_training.rollouts import ChatEncoder, ImageChatEncoder, PromptEncoder, read_rollouts, sample_rollouts
+from lenvm_training.rollouts import (
+    CachedEncoder,
+    ChatEncoder,
+    ImageChatEncoder,
+    PromptEncoder,
+    read_rollouts,
+    sample_rollouts,
+)
 from lenvm_training.self_prompts import TURN, EmptyTurnEncoder, prompts_from_turns
 from lenvm_training.targets import DiscountedReturn
 
@@ -81,7 +88,7 @@ def write_rollouts(experiment: Experiment, command: Sequence[str]) -> None:
     )
     for prompt_file, out, samples in parts:
         prompts = read_prompts(Path(prompt_file))
-        encoder = _encoder(experiment, prompts)
+        encoder = CachedEncoder(_encoder(experiment, prompts))
         kept = [prompt for prompt in prompts if len(encoder.encode(prompt)) <= settings.max_prompt_tokens]
         added = asyncio.run(_sample(experiment, kept, encoder, Path(out), samples))
         _say(f"{out}: {added} completions added; {len(prompts) - len(kept)} prompts were too long")

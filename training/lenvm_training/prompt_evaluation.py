@@ -19,43 +19,15 @@ import torch
 from tqdm import tqdm
 
 from lenvm_training import plots
+from lenvm_training.comparison_rows import PromptSample, comparison_predictions, group_samples
 from lenvm_training.metrics import Floats, calibration_curve, rank_agreement, state_metrics
 from lenvm_training.model import LenVM
 from lenvm_training.rollout_data import RolloutCollator, RolloutDataset
-from lenvm_training.rollouts import FINISHED
 from lenvm_training.targets import IGNORED, TargetSpace
 
 MAX_BATCH_TOKENS = 8192
 INTERVAL_LEVELS = (0.1, 0.9)
-RIDGE_STRENGTHS = (1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
 POSITION_BINS = 40
-FIGURE_NAMES = ("tau", "mre", "mse", "tau_tokens", "mre_tokens", "tau_single", "mre_single")
-
-
-@dataclass(frozen=True)
-class PromptSample:
-    """A prompt and the lengths of its samples. ``censored``: how many more were cut by the token limit."""
-
-    row: dict[str, Any]
-    lengths: Floats
-    censored: int
-
-    @property
-    def domain(self) -> str:
-        return str(self.row["domain"])
-
-
-def group_samples(rows: Sequence[dict[str, Any]], min_samples: int) -> list[PromptSample]:
-    """The prompts with at least ``min_samples`` finished samples."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(row["prompt_id"], []).append(row)
-    samples = []
-    for group in groups.values():
-        lengths = [len(row["output_token_ids"]) for row in group if row["finish_reason"] == FINISHED]
-        if len(lengths) >= min_samples:
-            samples.append(PromptSample(group[0], np.array(lengths, dtype=np.float64), len(group) - len(lengths)))
-    return samples
 
 
 @torch.inference_mode()
@@ -165,45 +137,6 @@ def _pairs(
     prompts: Sequence[PromptSample], predicted: Floats, mask: np.ndarray[Any, np.dtype[np.bool_]]
 ) -> list[tuple[PromptSample, float]]:
     return [(prompts[index], float(predicted[index])) for index in np.flatnonzero(mask)]
-
-
-def comparison_predictions(
-    fit: Sequence[PromptSample], fit_states: Floats, prompts: Sequence[PromptSample], states: Floats
-) -> dict[str, Floats]:
-    """Lengths predicted by what needs no LenVM, fitted to the logarithm of the geometric mean length of ``fit``."""
-    logs = np.array([np.log(prompt.lengths).mean() for prompt in fit])
-    constant = np.full(len(prompts), logs.mean())
-    by_length = ridge_predict(_length_features(fit), logs, _length_features(prompts))
-    probe = ridge_predict(fit_states, logs, states)
-    bounds = (logs.min(), logs.max())
-    rows = {"constant": constant, "prompt_length": by_length, "ridge_probe": probe}
-    return {name: np.exp(np.clip(row, *bounds)) for name, row in rows.items()}
-
-
-def _length_features(prompts: Sequence[PromptSample]) -> Floats:
-    logs = np.log([len(prompt.row["prompt_token_ids"]) for prompt in prompts])
-    return np.stack([logs, logs**2], axis=1)
-
-
-def ridge_predict(features: Floats, targets: Floats, new_features: Floats) -> Floats:
-    """Ridge regression on standardised features; the strength is chosen on a fifth of the rows: [N, d] -> [M]."""
-    mean, scale = features.mean(0), features.std(0) + 1e-9
-    known, new = (features - mean) / scale, (new_features - mean) / scale
-    held = np.arange(len(known)) % 5 == 0
-
-    def error(strength: float) -> float:
-        fitted = _ridge(known[~held], targets[~held], known[held], strength)
-        return float(np.mean((fitted - targets[held]) ** 2))
-
-    return _ridge(known, targets, new, min(RIDGE_STRENGTHS, key=error))
-
-
-def _ridge(features: Floats, targets: Floats, new_features: Floats, strength: float) -> Floats:
-    offset = targets.mean()
-    gram = features.T @ features + strength * len(features) * np.eye(features.shape[1])
-    weights = np.linalg.solve(gram, features.T @ (targets - offset))
-    predicted: Floats = new_features @ weights + offset
-    return predicted
 
 
 @torch.inference_mode()

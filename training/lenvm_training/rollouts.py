@@ -71,6 +71,20 @@ class ImageChatEncoder:
         return [int(token) for token in encoded["input_ids"][0]]
 
 
+class CachedEncoder:
+    """Encodes each prompt (by its id) once: pictures above all are slow."""
+
+    def __init__(self, encoder: PromptEncoder) -> None:
+        self._encoder = encoder
+        self._token_ids: dict[str, list[int]] = {}
+        self.fingerprint = encoder.fingerprint
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        if prompt.id not in self._token_ids:
+            self._token_ids[prompt.id] = self._encoder.encode(prompt)
+        return self._token_ids[prompt.id]
+
+
 async def sample_rollouts(
     prompts: list[Prompt],
     encoder: PromptEncoder,
