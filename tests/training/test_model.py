@@ -63,6 +63,21 @@ def test_a_folder_gives_back_the_values(tmp_path: Path, family: str, kind: str) 
     }[kind]
 
 
+@pytest.mark.parametrize("kind", ["full", "lora", "head"])
+def test_a_gathered_state_dict_is_saved_as_the_model_itself(tmp_path: Path, kind: str) -> None:
+    """What sharded training hands over: all weights by name, the model's own being empty."""
+    settings = ModelSettings(str(make_backbone(tmp_path / "backbone")), "served", kind=kind)
+    model = build_lenvm(settings, TARGET)
+    save_lenvm(model, tmp_path / "plain")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    save_lenvm(model, tmp_path / "gathered", state)
+    plain, gathered = (load_lenvm(tmp_path / name).state_dict() for name in ("plain", "gathered"))
+    assert all(torch.equal(plain[name], gathered[name]) for name in plain)
+
+
 def test_values_are_those_of_the_published_formula(tmp_path: Path) -> None:
     model = build_lenvm(ModelSettings(str(make_backbone(tmp_path, "qwen2")), "served"), TARGET)
     inputs = batch()

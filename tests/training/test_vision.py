@@ -10,11 +10,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
 
 from lenvm_training.lenvm_trainer import LenVMRun, train_lenvm
 from lenvm_training.model import LoraSettings, ModelSettings, build_lenvm, load_lenvm
+from lenvm_training.prompts import Prompt
 from lenvm_training.rollout_data import DataSettings, RolloutCollator, RolloutDataset, RolloutFileError
+from lenvm_training.rollouts import ImageChatEncoder
 from lenvm_training.targets import TargetConfig
 from tiny import VOCAB_SIZE, make_rows, make_tokenizer, write_rows
 
@@ -131,6 +139,34 @@ def test_training_learns_what_only_the_pictures_tell(backbone: Path, tmp_path: P
     with torch.inference_mode():
         loaded, again = (load_lenvm(path)(**batch).predictions for path in (folder, tmp_path / "run" / "checkpoint-25"))
     assert torch.equal(loaded[labels != -100], again[labels != -100])
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<user> {% for part in m.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %} {{ part.text }}{% endif %}"
+    "{% endfor %} <end> {% endfor %}<bot>"
+)
+
+
+def test_a_prompt_with_an_image_is_encoded_as_training_reads_it(backbone: Path, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    names = ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    processor = Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(**PIXELS), tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE
+    )
+    image = make_image(tmp_path, True, (84, 56))
+    content = [{"type": "image"}, {"type": "text", "text": "w7"}]
+    prompt = Prompt("seen", "images", [{"role": "user", "content": content}], [image])
+    ids = ImageChatEncoder(processor).encode(prompt)
+    assert ids[:2] == [2, START]
+    assert ids[-4:] == [END, 7, 1, 3]
+    assert ids.count(IMAGE) == len(ids) - 6 > 1
+    row = make_rows(1)[0] | {"prompt_token_ids": ids, "images": [image]}
+    batch = collator(backbone)([RolloutDataset([row])[0]])
+    assert batch["mm_token_type_ids"].sum() == ids.count(IMAGE)
+    text_only = Prompt("read", "words", [{"role": "user", "content": content[1:]}])
+    assert ImageChatEncoder(processor).encode(text_only) == [2, 7, 1, 3]
 
 
 def test_images_that_do_not_fit_their_tokens_are_named(backbone: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import yaml
 from lenvm_training.config import ConfigError, Experiment, RolloutSettings, load_yaml
 from lenvm_training.endpoints import EngineError
 from lenvm_training.grouped_rows import GroupedReader, group_rollouts
-from lenvm_training.model import load_language_model, load_lenvm, resolve_folder
+from lenvm_training.model import default_device, load_language_model, load_lenvm, resolve_folder
 from lenvm_training.prompt_sources import load_prompts, split_prompts
 from lenvm_training.prompts import Prompt, read_prompts, template_prompts
 from lenvm_training.reference_config import convert_reference
@@ -192,9 +192,10 @@ def evaluate(experiment: Experiment, _: Sequence[str]) -> None:
     )
     source = settings.lenvm or trained
     backbone = resolve_folder(experiment.model.backbone)
-    model = load_lenvm(source, base_model=str(backbone))
+    device = default_device()
+    model = load_lenvm(source, base_model=str(backbone)).to(device)
     probe_folder = resolve_folder(settings.probe_model) if settings.probe_model else backbone
-    probe = load_language_model(probe_folder, next(model.parameters()).dtype)
+    probe = load_language_model(probe_folder, next(model.parameters()).dtype).to(device)
     space = DiscountedReturn(settings.gamma or model.lenvm_config.target.gamma)
     out = Path(settings.out)
     result = evaluate_prompts(

@@ -14,6 +14,7 @@ from lenvm_kernels.checkpoint import save_head
 from lenvm_kernels.heads import HeadConfig
 from lenvm_training.evaluation import evaluate_head
 from lenvm_training.features import extract_states
+from lenvm_training.model import default_device
 from lenvm_training.model_card import write_model_card
 from lenvm_training.trainer import TrainSettings, train_head
 
@@ -49,7 +50,7 @@ def train_heads(
 
     ``backbone`` is the served model's folder, ``base_model`` its name for the card.
     """
-    model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.bfloat16).to(default_device()).eval()
     layers, work, out = settings.layers, Path(settings.work), Path(settings.out)
     states = extract_states(model, rollouts, layers, settings.states, work / "train")
     in_validation = torch.tensor([_is_validation(row["prompt_id"]) for row in rollouts])[states.rollout]
@@ -57,7 +58,7 @@ def train_heads(
     held_out = extract_states(model, held_rollouts, layers, settings.states, work / "eval")
     config = _head_config(settings, model, base_model, gamma)
     optimisation = TrainSettings(epochs=settings.epochs)
-    embeddings = model.get_input_embeddings().weight.detach()
+    embeddings = model.get_input_embeddings().weight.detach().cpu()
     head = train_head(config, train, validation, layers, embeddings, optimisation)
     figures = evaluate_head(head, train, held_out, layers, held_rollouts)
     save_head(head, out)

@@ -284,6 +284,11 @@ def load_language_model(folder: Path, dtype: torch.dtype, attn_implementation: s
     return model
 
 
+def default_device() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def _published_config(folder: Path) -> LenVMConfig:
     try:
         model_type = json.loads((folder / "config.json").read_text())["model_type"]

@@ -37,7 +37,7 @@ def predict_boundary(model: LenVM, prompts: Sequence[PromptSample], collator: Ro
 
     def last_prediction(batch: dict[str, Any], last: torch.Tensor) -> torch.Tensor:
         predictions = model(**batch).predictions
-        return model.space.length(predictions[torch.arange(len(last)), last].double())
+        return model.space.length(predictions[torch.arange(len(last), device=last.device), last].double())
 
     return _over_prompts(prompts, collator, model, last_prediction)
 
@@ -49,7 +49,7 @@ def boundary_states(model: Any, prompts: Sequence[PromptSample], collator: Rollo
 
     def last_state(batch: dict[str, Any], last: torch.Tensor) -> torch.Tensor:
         states: torch.Tensor = model.base_model(**batch, use_cache=False).last_hidden_state
-        return states[torch.arange(len(last)), last].double()
+        return states[torch.arange(len(last), device=last.device), last].double()
 
     return _over_prompts(prompts, collator, model, last_state)
 
