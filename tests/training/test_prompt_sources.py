@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def no_cache_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -46,6 +48,10 @@ def test_a_text_column_is_sampled_without_duplicates(tmp_path: Path) -> None:
     prompts = load_prompts(source, tmp_path, seed=0)
     assert texts(prompts) == {f"Question {index}?" for index in (1, 3, 5, 7)}
     assert load_prompts(source, tmp_path, 0) == prompts
+    assert len({prompt.id for prompt in prompts}) == 4
+    backwards = write_jsonl(tmp_path / "again" / "data.jsonl", rows[::-1])
+    again = load_prompts(replace(source, path=backwards), tmp_path, seed=1)
+    assert {prompt.id for prompt in again} == {prompt.id for prompt in prompts}
     few = PromptSource(2, path=path, domain="math", columns=ColumnMap(text="q"))
     assert len(load_prompts(few, tmp_path, 0)) == 2
 

@@ -12,7 +12,7 @@ import mimetypes
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import httpx
 
@@ -29,6 +29,8 @@ class Sampling:
 
     All of it is sent with each request: a server would else fill in what the model's generation_config says.
     """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     temperature: float = 1.0
     top_p: float = 1.0

@@ -98,7 +98,10 @@ QUESTION_SETS = {
 
 
 def load_prompts(source: PromptSource, image_folder: Path, seed: int) -> list[Prompt]:
-    """A random sample of a source, without duplicates. Raises PromptFileError naming file and column."""
+    """A random sample of a source, without duplicates; a prompt's id depends on its content.
+
+    Raises PromptFileError naming file and column.
+    """
     source = source.resolve()
     assert source.columns is not None
     rows = load_rows(source.path, source.split, source.subset)
@@ -112,7 +115,8 @@ def load_prompts(source: PromptSource, image_folder: Path, seed: int) -> list[Pr
             break
         prompt = _to_prompt(questions.fill(rows[index]), index, source, image_folder)
         if prompt is not None:
-            prompts.setdefault(prompt_key(prompt), prompt)
+            key = prompt_key(prompt)
+            prompts.setdefault(key, replace(prompt, id=f"{Path(source.path).stem}-{key[:12]}"))
     return list(prompts.values())
 
 
@@ -180,11 +184,11 @@ def _to_prompt(row: dict[str, Any], index: int, source: PromptSource, image_fold
         messages = _before_first_answer(row[columns.conversation], source.path)
     if not any(message["content"].strip() for message in messages):
         return None
-    identifier = f"{Path(source.path).stem}-{index}"
+    name = f"{source.path}: row {index}"
     if not columns.image or row[columns.image] is None:
-        return Prompt(identifier, source.domain, messages)
-    image = save_image(row[columns.image], image_folder, f"{source.path}: row {index}")
-    return Prompt(identifier, source.domain, _with_image(messages), [image])
+        return Prompt(name, source.domain, messages)
+    image = save_image(row[columns.image], image_folder, name)
+    return Prompt(name, source.domain, _with_image(messages), [image])
 
 
 def _before_first_answer(turns: Any, path: str) -> list[dict[str, Any]]:
