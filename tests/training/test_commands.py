@@ -215,6 +215,29 @@ def test_a_full_disk_stops_training_and_it_goes_on(
     assert Path("run/lenvm/value_head.safetensors").exists()
 
 
+def test_a_sweep_trains_and_evaluates_every_variant(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rollouts.jsonl", make_rows(12))
+    write_rows(tmp_path / "eval.jsonl", make_rows(8, 1))
+    write_config(tmp_path)
+    sweep = {
+        "name": "tuned",
+        "base": "config.yaml",
+        "out": "sweep",
+        "set": {"training.max_steps": 2, "evaluation.gamma": 0.95},
+        "variants": {"head": {"model.kind": "head"}, "log": {"target.space": "log_length"}},
+    }
+    Path("sweep.yaml").write_text(yaml.safe_dump(sweep))
+    assert commands.sweep(["sweep.yaml", "training.learning_rate=1e-3"]) == 0
+    table = Path("sweep/sweep.md").read_text()
+    assert "| head |" in table
+    assert "| log |" in table
+    constants = [
+        json.loads(Path(f"sweep/{name}/evaluation/evaluation.json").read_text())["states"]["mse_constant"]
+        for name in ("head", "log")
+    ]
+    assert constants[0] == constants[1], "errors of all variants are on one scale"
+
+
 def test_the_engine_is_started_by_the_runtimes_own_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = write_config(tmp_path)
     calls: list[list[str]] = []

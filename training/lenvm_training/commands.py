@@ -19,7 +19,7 @@ torchvision_schema.declare_if_missing()  # before anything imports transformers
 
 from safetensors import SafetensorError  # noqa: E402
 
-from lenvm_training import experiment_steps  # noqa: E402
+from lenvm_training import experiment_steps, rollout_files  # noqa: E402
 from lenvm_training.config import Experiment, load_experiment, load_yaml  # noqa: E402
 from lenvm_training.endpoints import EngineError  # noqa: E402
 from lenvm_training.hub import HubError, pull_folder, push_folder  # noqa: E402
@@ -69,7 +69,7 @@ def report(arguments: Sequence[str]) -> int:
     parser = _Parser(prog="lenvm report", description="length distribution of rollout files: numbers and plot")
     parser.add_argument("rollouts", nargs="+")
     parser.add_argument("--out", type=Path, required=True, help="folder for lengths.md and lengths.png")
-    return _guard(parser, lambda parsed: experiment_steps.report(parsed.rollouts, parsed.out), arguments)
+    return _guard(parser, lambda parsed: rollout_files.report(parsed.rollouts, parsed.out), arguments)
 
 
 def downsample(arguments: Sequence[str]) -> int:
@@ -81,7 +81,7 @@ def downsample(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     return _guard(
         parser,
-        lambda parsed: experiment_steps.downsample(parsed.rollouts, parsed.out, parsed.samples, parsed.seed),
+        lambda parsed: rollout_files.downsample(parsed.rollouts, parsed.out, parsed.samples, parsed.seed),
         arguments,
     )
 
@@ -95,7 +95,7 @@ def group(arguments: Sequence[str]) -> int:
     parser.add_argument("--model", required=True, help="whose tokenizer the rollouts are of")
     return _guard(
         parser,
-        lambda parsed: experiment_steps.group(parsed.rollouts, parsed.prompts, parsed.model, parsed.out),
+        lambda parsed: rollout_files.group(parsed.rollouts, parsed.prompts, parsed.model, parsed.out),
         arguments,
     )
 
@@ -109,7 +109,7 @@ def ungroup(arguments: Sequence[str]) -> int:
     parser.add_argument("--assume-finished", action="store_true", help="take rows that do not say how they ended")
     return _guard(
         parser,
-        lambda parsed: experiment_steps.ungroup(parsed.grouped, parsed.out, parsed.model, parsed.assume_finished),
+        lambda parsed: rollout_files.ungroup(parsed.grouped, parsed.out, parsed.model, parsed.assume_finished),
         arguments,
     )
 
@@ -119,7 +119,7 @@ def convert_config(arguments: Sequence[str]) -> int:
     parser = _Parser(prog="lenvm convert-config", description="convert a 'stage: lenvm' YAML; names what is lost")
     parser.add_argument("reference", type=Path)
     parser.add_argument("out", type=Path)
-    return _guard(parser, lambda parsed: experiment_steps.convert_config(parsed.reference, parsed.out), arguments)
+    return _guard(parser, lambda parsed: rollout_files.convert_config(parsed.reference, parsed.out), arguments)
 
 
 def push(arguments: Sequence[str]) -> int:

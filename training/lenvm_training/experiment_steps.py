@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from lenvm_training.config import ConfigError, Experiment, RolloutSettings, load_yaml
+from lenvm_training.config import ConfigError, Experiment, RolloutSettings
 from lenvm_training.endpoints import EngineError
-from lenvm_training.grouped_rows import GroupedReader, group_rollouts
 from lenvm_training.model import default_device, load_language_model, load_lenvm, resolve_folder
 from lenvm_training.prompt_sources import load_prompts, split_prompts
 from lenvm_training.prompts import Prompt, read_prompts, template_prompts
-from lenvm_training.reference_config import convert_reference
 from lenvm_training.rollout_data import DataSettings, load_rollouts, select_rollouts
+from lenvm_training.rollout_files import as_lists, print_figures, say, write_lines
 from lenvm_training.rollout_report import write_length_report
 from lenvm_training.rollouts import (
     CachedEncoder,
@@ -52,14 +46,14 @@ def write_prompts(experiment: Experiment, command: Sequence[str]) -> None:
         prompts += _self_made(experiment, settings.self_made, Path(settings.out))
     for source in settings.sources:
         found = load_prompts(source, Path(settings.image_folder), settings.seed)
-        _say(f"{source.name or source.path}: {len(found)} prompts")
+        say(f"{source.name or source.path}: {len(found)} prompts")
         prompts += found
     if settings.templates:
         prompts += [p for name in TEMPLATE_DOMAINS for p in template_prompts(settings.templates, name, settings.seed)]
     train, held_out = split_prompts(prompts, settings.eval_fraction, settings.seed)
     for path, part in ((settings.out, train), (settings.eval_out, held_out)):
-        _write_lines(Path(path), (prompt.to_json() for prompt in part))
-        _say(f"{path}: {len(part)} prompts")
+        write_lines(Path(path), (prompt.to_json() for prompt in part))
+        say(f"{path}: {len(part)} prompts")
     return None
 
 
@@ -71,7 +65,7 @@ def _self_made(experiment: Experiment, count: int, out: Path) -> list[Prompt]:
     path = out.with_suffix(".turns.jsonl")
     asyncio.run(_sample(experiment, [TURN], EmptyTurnEncoder(tokenizer), path, count))
     prompts = prompts_from_turns(read_rollouts(path), tokenizer)
-    _say(f"self-made: {len(prompts)} different prompts of {count} turns ({settings.sampling.max_new_tokens} tokens)")
+    say(f"self-made: {len(prompts)} different prompts of {count} turns ({settings.sampling.max_new_tokens} tokens)")
     return prompts
 
 
@@ -91,7 +85,7 @@ def write_rollouts(experiment: Experiment, command: Sequence[str]) -> None:
         encoder = CachedEncoder(_encoder(experiment, prompts))
         kept = [prompt for prompt in prompts if len(encoder.encode(prompt)) <= settings.max_prompt_tokens]
         added = asyncio.run(_sample(experiment, kept, encoder, Path(out), samples))
-        _say(f"{out}: {added} completions added; {len(prompts) - len(kept)} prompts were too long")
+        say(f"{out}: {added} completions added; {len(prompts) - len(kept)} prompts were too long")
         write_length_report(load_rollouts([out]), Path(out).with_suffix(""))
     return None
 
@@ -159,7 +153,7 @@ def train(experiment: Experiment, _: Sequence[str]) -> None:
 
     model, target = experiment.model, experiment.target
     if experiment.training is not None:
-        _print(train_lenvm(LenVMRun(model, experiment.data, experiment.training, target)))
+        print_figures(train_lenvm(LenVMRun(model, experiment.data, experiment.training, target)))
         return
     assert experiment.heads is not None
     rows, held_out = (
@@ -167,12 +161,7 @@ def train(experiment: Experiment, _: Sequence[str]) -> None:
         for paths in (experiment.data.rollouts, experiment.data.eval_rollouts)
     )
     folder, name = resolve_folder(model.backbone), model.base_name or model.backbone
-    _print(train_heads(experiment.heads, folder, name, target.gamma, _as_lists(rows), _as_lists(held_out)))
-
-
-def _as_lists(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    names = ("prompt_token_ids", "output_token_ids")
-    return [row | {name: list(row[name]) for name in names} for row in rows]
+    print_figures(train_heads(experiment.heads, folder, name, target.gamma, as_lists(rows), as_lists(held_out)))
 
 
 def evaluate(experiment: Experiment, _: Sequence[str]) -> None:
@@ -201,7 +190,7 @@ def evaluate(experiment: Experiment, _: Sequence[str]) -> None:
     result = evaluate_prompts(
         model, probe, rows, fit, build_collator(model, backbone), settings.min_samples, space, out
     )
-    _print({"boundary": result.boundary, "coverage": result.coverage, "states": result.states})
+    print_figures({"boundary": result.boundary, "coverage": result.coverage, "states": result.states})
 
 
 def sweep(path: Path, overrides: list[str]) -> None:
@@ -213,71 +202,4 @@ def sweep(path: Path, overrides: list[str]) -> None:
         evaluate(experiment, ())
 
     loaded = load_sweep(path)
-    _print(run_sweep(loaded, variant_experiments(loaded, path, overrides), run, _say))
-
-
-def report(rollouts: Sequence[str], out: Path) -> None:
-    """Numbers and plot of the lengths in rollout files."""
-    _print(write_length_report(load_rollouts(rollouts), out))
-
-
-def downsample(rollouts: str, out: Path, samples: int, seed: int) -> None:
-    """At most ``samples`` completions of each prompt, seeded."""
-    if samples < 1:
-        raise ValueError(f"--samples: must be at least 1, got {samples}")
-    settings = DataSettings((), max_samples_per_prompt=samples, max_tokens=sys.maxsize, seed=seed)
-    rows = select_rollouts(load_rollouts([rollouts]), settings)
-    _write_lines(out, (json.dumps(row) for row in _as_lists(rows)))
-    _say(f"{out}: {len(rows)} completions")
-
-
-def group(rollouts: Path, prompts: Path, model: str, out: Path) -> None:
-    """Write the public grouped format, groups in random order."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(resolve_folder(model))
-    rows = _as_lists(load_rollouts([rollouts]))
-    random.Random(0).shuffle(rows)
-    _write_lines(out, (json.dumps(row) for row in group_rollouts(rows, read_prompts(prompts), tokenizer)))
-
-
-def ungroup(grouped: Path, out: Path, model: str, assume_finished: bool) -> None:
-    """Read the public grouped format; says how many rows had to be tokenised anew."""
-    from transformers import AutoTokenizer
-
-    reader = GroupedReader(AutoTokenizer.from_pretrained(resolve_folder(model)), assume_finished)
-    rows = []
-    for number, line in enumerate(grouped.read_text(encoding="utf-8").split("\n"), 1):
-        if line:
-            try:
-                rows.append(reader.read(json.loads(line), f"{grouped}:{number}"))
-            except json.JSONDecodeError:
-                raise ValueError(f"{grouped}:{number}: not a JSON object") from None
-    _write_lines(out, map(json.dumps, rows))
-    _say(f"{out}: {len(rows)} completions, {reader.num_retokenised} of them tokenised from text (not exact)")
-
-
-def convert_config(reference: Path, out: Path) -> None:
-    """Convert a file of the reference; each key that is lost gets a line on standard error and in the file."""
-    content, problems = convert_reference(load_yaml(reference), str(reference))
-    head = "".join(f"# {problem}\n" for problem in problems)
-    _write_lines(out, [head + yaml.safe_dump(content, sort_keys=False).rstrip()])
-    for problem in problems:
-        _say(problem)
-
-
-def _write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.writelines(line + "\n" for line in lines)
-    partial.replace(path)
-
-
-def _say(message: str) -> None:
-    print(f"lenvm: {message}", file=sys.stderr, flush=True)
-
-
-def _print(figures: Any) -> None:
-    print(json.dumps(figures, indent=2))
+    print_figures(run_sweep(loaded, variant_experiments(loaded, path, overrides), run, say))

@@ -1,0 +1,95 @@
+"""What the commands do with files: report, thin out, convert; and how they write and speak."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lenvm_training.config import load_yaml
+from lenvm_training.grouped_rows import GroupedReader, group_rollouts
+from lenvm_training.model import resolve_folder
+from lenvm_training.prompts import read_prompts
+from lenvm_training.reference_config import convert_reference
+from lenvm_training.rollout_data import DataSettings, load_rollouts, select_rollouts
+from lenvm_training.rollout_report import write_length_report
+
+
+def report(rollouts: Sequence[str], out: Path) -> None:
+    """Numbers and plot of the lengths in rollout files."""
+    print_figures(write_length_report(load_rollouts(rollouts), out))
+
+
+def downsample(rollouts: str, out: Path, samples: int, seed: int) -> None:
+    """At most ``samples`` completions of each prompt, seeded."""
+    if samples < 1:
+        raise ValueError(f"--samples: must be at least 1, got {samples}")
+    settings = DataSettings((), max_samples_per_prompt=samples, max_tokens=sys.maxsize, seed=seed)
+    rows = select_rollouts(load_rollouts([rollouts]), settings)
+    write_lines(out, (json.dumps(row) for row in as_lists(rows)))
+    say(f"{out}: {len(rows)} completions")
+
+
+def group(rollouts: Path, prompts: Path, model: str, out: Path) -> None:
+    """Write the public grouped format, groups in random order."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve_folder(model))
+    rows = as_lists(load_rollouts([rollouts]))
+    random.Random(0).shuffle(rows)
+    write_lines(out, (json.dumps(row) for row in group_rollouts(rows, read_prompts(prompts), tokenizer)))
+
+
+def ungroup(grouped: Path, out: Path, model: str, assume_finished: bool) -> None:
+    """Read the public grouped format; says how many rows had to be tokenised anew."""
+    from transformers import AutoTokenizer
+
+    reader = GroupedReader(AutoTokenizer.from_pretrained(resolve_folder(model)), assume_finished)
+    rows = []
+    for number, line in enumerate(grouped.read_text(encoding="utf-8").split("\n"), 1):
+        if line:
+            try:
+                rows.append(reader.read(json.loads(line), f"{grouped}:{number}"))
+            except json.JSONDecodeError:
+                raise ValueError(f"{grouped}:{number}: not a JSON object") from None
+    write_lines(out, map(json.dumps, rows))
+    say(f"{out}: {len(rows)} completions, {reader.num_retokenised} of them tokenised from text (not exact)")
+
+
+def convert_config(reference: Path, out: Path) -> None:
+    """Convert a file of the reference; each key that is lost gets a line on standard error and in the file."""
+    content, problems = convert_reference(load_yaml(reference), str(reference))
+    head = "".join(f"# {problem}\n" for problem in problems)
+    write_lines(out, [head + yaml.safe_dump(content, sort_keys=False).rstrip()])
+    for problem in problems:
+        say(problem)
+
+
+def as_lists(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with token ids as lists, which JSON can hold."""
+    names = ("prompt_token_ids", "output_token_ids")
+    return [row | {name: list(row[name]) for name in names} for row in rows]
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write a file of lines, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.writelines(line + "\n" for line in lines)
+    partial.replace(path)
+
+
+def say(message: str) -> None:
+    """One line of progress on standard error."""
+    print(f"lenvm: {message}", file=sys.stderr, flush=True)
+
+
+def print_figures(figures: Any) -> None:
+    """Figures on standard output, as JSON."""
+    print(json.dumps(figures, indent=2))
