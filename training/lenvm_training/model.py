@@ -176,6 +176,7 @@ def build_lenvm(settings: ModelSettings, target: TargetConfig) -> LenVM:
     hidden_size = language_model.config.get_text_config().hidden_size
     has_head = (folder / VALUE_FILE).exists()
     value_head = load_value_head(folder, hidden_size) if has_head else ValueHead(hidden_size)
+    value_head.requires_grad_(True)
     base_name = settings.base_name or settings.backbone
     config = LenVMConfig(settings.kind, base_name, settings.served_name or settings.served_model, target)
     language_model.requires_grad_(settings.kind == "full")
