@@ -212,6 +212,19 @@ def test_an_openai_endpoint_gets_and_gives_token_ids(tmp_path: Path) -> None:
     assert (row["output_token_ids"], row["finish_reason"]) == ([9, 1], "length")
 
 
+@pytest.mark.parametrize("key", ["", "sk-test"])
+def test_the_api_key_goes_along_where_it_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    seen: set[str | None] = set()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.add(request.headers.get("authorization"))
+        return httpx.Response(200, json={"output_ids": [1], "meta_info": {"finish_reason": {"type": "stop"}}})
+
+    sample(tmp_path / "r.jsonl", httpx.MockTransport(answer))
+    assert seen == {f"Bearer {key}" if key else None}
+
+
 def test_an_endpoint_without_token_ids_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="returns no token ids"):
         sample(tmp_path / "r.jsonl", openai_server([], {"text": "x", "finish_reason": "stop"}), api="openai")

@@ -61,8 +61,9 @@ class RolloutSettings:
 
     Prompts of more than ``max_prompt_tokens`` are left out.
 
-    ``engine_url`` (or LENVM_ENGINE_URL) is the served model's address without ``/v1``; when it is empty the
-    engine is started for the run, with SGLang's own ``engine_arguments``.
+    ``engine_url`` (or LENVM_ENGINE_URL) is the served model's address without ``/v1``, ``api`` how it is spoken to
+    (OPENAI_API_KEY is sent where it is set); when it is empty the engine is started for the run, with SGLang's own
+    ``engine_arguments``.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = STRICT

@@ -112,8 +112,7 @@ async def sample_rollouts(
     queue = iter(missing)
     added = 0
     path.parent.mkdir(parents=True, exist_ok=True)
-    limits = httpx.Limits(max_connections=concurrency)
-    async with httpx.AsyncClient(base_url=engine_url, timeout=None, limits=limits, transport=transport) as client:
+    async with _client(engine_url, concurrency, transport) as client:
         endpoint = await connect(api, client, retry or Retry())
         with _writer(path) as write, _Progress(len(jobs), len(jobs) - len(missing)) as progress:
 
@@ -129,6 +128,14 @@ async def sample_rollouts(
 
             await _run_all(work() for _ in range(concurrency))
     return added
+
+
+def _client(url: str, concurrency: int, transport: httpx.AsyncBaseTransport | None) -> httpx.AsyncClient:
+    """Connections are kept open; the key of OPENAI_API_KEY goes along where it is set."""
+    key = os.environ.get("OPENAI_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+    return httpx.AsyncClient(base_url=url, timeout=None, limits=limits, headers=headers, transport=transport)
 
 
 async def _run_all(coroutines: Iterable[Any]) -> None:
