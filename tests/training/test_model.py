@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lenvm_kernels.checkpoint import CheckpointError
+from lenvm_kernels.checkpoint import CheckpointError, load_value_head, save_value_head
 from lenvm_kernels.heads import ValueHead
 from lenvm_kernels.length_value import value_from_length
 from lenvm_training.model import (
@@ -76,6 +76,17 @@ def test_a_gathered_state_dict_is_saved_as_the_model_itself(tmp_path: Path, kind
     save_lenvm(model, tmp_path / "gathered", state)
     plain, gathered = (load_lenvm(tmp_path / name).state_dict() for name in ("plain", "gathered"))
     assert all(torch.equal(plain[name], gathered[name]) for name in plain)
+
+
+def test_a_new_head_starts_at_the_mean_target(tmp_path: Path) -> None:
+    start = torch.tensor(-0.03)
+    settings = ModelSettings(str(make_backbone(tmp_path)), "served")
+    predictions = build_lenvm(settings, TARGET, start)(**batch()).predictions
+    assert (predictions - start).abs().max() < 0.03
+    save_value_head(ValueHead(32), tmp_path)
+    continued = build_lenvm(settings, TARGET, start)
+    assert torch.equal(continued.value_head.fc.weight, load_value_head(tmp_path, 32).fc.weight)
+    assert torch.equal(continued.value_head.summary.bias, load_value_head(tmp_path, 32).summary.bias)
 
 
 def test_values_are_those_of_the_published_formula(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from lenvm_training.targets import (
     NormalisedLength,
     TargetConfig,
     lambda_returns,
+    mean_target,
     remaining_labels,
 )
 
@@ -48,6 +49,20 @@ def test_predictions_and_targets_stay_in_bounds(config: TargetConfig, length: in
     for tensor in (space.target(torch.tensor(float(length))), space.prediction(torch.tensor(raw))):
         assert low <= tensor.item() <= high
     assert space.length(space.prediction(torch.tensor(raw))).isfinite()
+
+
+@given(CONFIGS, st.integers(1, 2000))
+def test_a_raw_value_stands_for_its_target(config: TargetConfig, length: int) -> None:
+    space = config.build_space()
+    target = space.target(torch.tensor(float(length), dtype=torch.float64))
+    assert space.prediction(space.raw_value(target)).item() == pytest.approx(target.item(), rel=1e-9)
+
+
+@given(CONFIGS, st.lists(st.integers(1, 30), min_size=1, max_size=8))
+def test_the_mean_target_is_that_of_all_states(config: TargetConfig, lengths: list[int]) -> None:
+    space = config.build_space()
+    states = torch.cat([torch.arange(length + 1, dtype=torch.float64) for length in lengths])
+    assert mean_target(lengths, space).item() == pytest.approx(space.target(states).mean().item(), rel=1e-9)
 
 
 @given(st.integers(1, 9), st.integers(1, 40), st.booleans())

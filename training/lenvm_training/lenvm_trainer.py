@@ -41,7 +41,7 @@ from lenvm_training.rollout_data import (
     select_eval_rollouts,
     select_rollouts,
 )
-from lenvm_training.targets import TargetConfig
+from lenvm_training.targets import TargetConfig, mean_target
 
 RESULT_FOLDER = "lenvm"
 SETTINGS_FILE = "run_config.json"
@@ -92,7 +92,8 @@ def train_lenvm(run: LenVMRun) -> dict[str, float]:
         checkpoint = last_checkpoint(output)
     torch.manual_seed(arguments.seed)
     train, held_out = _load_datasets(run.data)
-    model = build_lenvm(run.model, run.target)
+    lengths = [len(row["output_token_ids"]) for row in train.rows]
+    model = build_lenvm(run.model, run.target, mean_target(lengths, run.target.build_space()))
     folder = resolve_folder(run.model.backbone)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for dataset in (train, held_out):

@@ -168,8 +168,12 @@ class LenVM(nn.Module):
         return errors.sum() / (is_state.sum().clamp_min(1) if num_items is None else num_items)
 
 
-def build_lenvm(settings: ModelSettings, target: TargetConfig) -> LenVM:
-    """A LenVM to train, with a new value head unless the backbone's folder holds one. Raises CheckpointError."""
+def build_lenvm(settings: ModelSettings, target: TargetConfig, start: Tensor | None = None) -> LenVM:
+    """A LenVM to train, with a new value head unless the backbone's folder holds one. Raises CheckpointError.
+
+    A new head starts at ``start``, the prediction it makes at first (nearly) everywhere: from elsewhere, the common
+    way to the mean target can drive the sigmoid into saturation before anything is learned.
+    """
     folder = resolve_folder(settings.backbone)
     dtype = getattr(torch, settings.dtype)
     language_model = load_language_model(folder, dtype, settings.attn_implementation)
@@ -183,6 +187,8 @@ def build_lenvm(settings: ModelSettings, target: TargetConfig) -> LenVM:
     if settings.kind == "lora":
         language_model = _add_lora(language_model, settings, base_name)
     model = LenVM(language_model, value_head, config)
+    if start is not None and not has_head:
+        nn.init.constant_(value_head.summary.bias, model.space.raw_value(start).item())
     _freeze_output_layer(model.causal_model)
     return model
 

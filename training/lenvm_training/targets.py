@@ -13,7 +13,7 @@ recursion y_t = step(y_{t+1}), the Bellman equation of its own scale.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -38,6 +38,9 @@ class TargetSpace(Protocol):
     def prediction(self, raw_value: Tensor) -> Tensor:
         """The prediction that the output of the value head's last linear layer stands for."""
 
+    def raw_value(self, target: Tensor) -> Tensor:
+        """The output of that layer which stands for a target inside the bounds: the inverse of ``prediction``."""
+
     def step(self, next_target: Tensor) -> Tensor:
         """The target one token earlier."""
 
@@ -57,6 +60,9 @@ class DiscountedReturn:
     def prediction(self, raw_value: Tensor) -> Tensor:
         return value_from_raw(raw_value)
 
+    def raw_value(self, target: Tensor) -> Tensor:
+        return torch.logit(-target)
+
     def step(self, next_target: Tensor) -> Tensor:
         return bellman_step(next_target, self.gamma)
 
@@ -73,6 +79,9 @@ class RawLength:
 
     def prediction(self, raw_value: Tensor) -> Tensor:
         return torch.nn.functional.softplus(raw_value)
+
+    def raw_value(self, target: Tensor) -> Tensor:
+        return target + torch.log(-torch.expm1(-target))
 
     def step(self, next_target: Tensor) -> Tensor:
         return next_target + 1
@@ -93,6 +102,9 @@ class NormalisedLength:
     def prediction(self, raw_value: Tensor) -> Tensor:
         return torch.sigmoid(raw_value)
 
+    def raw_value(self, target: Tensor) -> Tensor:
+        return torch.logit(target)
+
     def step(self, next_target: Tensor) -> Tensor:
         return (next_target + 1 / self.max_length).clamp_max(1)
 
@@ -109,6 +121,9 @@ class LogLength:
 
     def prediction(self, raw_value: Tensor) -> Tensor:
         return torch.nn.functional.softplus(raw_value)
+
+    def raw_value(self, target: Tensor) -> Tensor:
+        return target + torch.log(-torch.expm1(-target))
 
     def step(self, next_target: Tensor) -> Tensor:
         return torch.log1p(torch.expm1(next_target) + 1)
@@ -157,6 +172,13 @@ def remaining_labels(prompt_len: int, output_len: int, finished: bool) -> list[i
     if not finished:
         return [IGNORED] * (prompt_len + output_len)
     return [IGNORED] * (prompt_len - 1) + list(range(output_len, -1, -1))
+
+
+def mean_target(lengths: Sequence[int], space: TargetSpace) -> Tensor:
+    """The mean target of all states of completions of the given lengths (tokens): float64 scalar."""
+    counted = torch.as_tensor(lengths)
+    sums = space.target(torch.arange(int(counted.max()) + 1, dtype=torch.float64)).cumsum(0)
+    return sums[counted].sum() / (counted + 1).sum()
 
 
 def lambda_returns(predictions: Tensor, remaining: Tensor, space: TargetSpace, lam: float) -> Tensor:
