@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lenvm_kernels import torchvision_schema
-from lenvm_kernels.checkpoint import CheckpointError, Head, load_head, save_head
+from lenvm_kernels.checkpoint import Head, load_head, save_head
+from lenvm_kernels.checkpoint_files import CheckpointError
 from lenvm_kernels.heads import CandidateHead, HeadConfig, ValueHead, join_features
 from lenvm_kernels.length_distribution import expected_length, quantile_length
 from lenvm_kernels.length_value import bin_edges, bin_index, bin_lengths

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lenvm_kernels.checkpoint import CheckpointError, load_value_head, save_value_head
+from lenvm_kernels.checkpoint import load_value_head, save_value_head
+from lenvm_kernels.checkpoint_files import CheckpointError
 from lenvm_kernels.heads import ValueHead
 from lenvm_kernels.length_value import value_from_length
 from lenvm_training.model import (

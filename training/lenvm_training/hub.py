@@ -8,10 +8,10 @@ import httpx
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from lenvm_kernels.checkpoint import CONFIG_FILE, VALUE_FILE
+from lenvm_kernels.checkpoint_files import BACKBONE_CONFIG_FILE, CONFIG_FILE, VALUE_FILE
 
 LEFT_OUT = ("checkpoint-*", "runs/*", "*.partial", ".cache/*")
-CONFIG_FILES = ("config.json", CONFIG_FILE)
+CONFIG_FILES = (BACKBONE_CONFIG_FILE, CONFIG_FILE)
 
 
 class HubError(RuntimeError):

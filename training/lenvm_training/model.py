@@ -21,19 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import ModelOutput
 
-from lenvm_kernels.checkpoint import (
-    CANDIDATE_FILE,
-    CONFIG_FILE,
-    VALUE_FILE,
-    CheckpointError,
-    load_value_head,
-    read_config,
-    save_value_head,
-)
+from lenvm_kernels.checkpoint import load_value_head, read_config, save_value_head
+from lenvm_kernels.checkpoint_files import CANDIDATE_FILE, CONFIG_FILE, VALUE_FILE, CheckpointError
 from lenvm_kernels.heads import ValueHead
 from lenvm_training.targets import IGNORED, TargetConfig, lambda_returns
 
-ADAPTER_CONFIG_FILE = "adapter_config.json"
 FAMILY_GAMMA = {"qwen2": 0.997, "qwen2_5_vl": 0.997, "qwen3": 0.9998, "qwen3_moe": 0.9998}
 KINDS = ("full", "lora", "head")
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
