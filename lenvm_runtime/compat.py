@@ -27,6 +27,7 @@ STOCK_SAMPLING_BACKENDS = ("pytorch", "flashinfer")
 LOGITS_FORWARD = "sglang.srt.layers.logits_processor.LogitsProcessor.forward"
 SAMPLE = "sglang.srt.model_executor.model_runner.ModelRunner.sample"
 LOAD_MODEL = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
+DRAW = "sglang.srt.layers.sampler.sampling_from_probs_torch"
 COPY_TO_CPU = "sglang.srt.managers.utils.GenerationBatchResult.copy_to_cpu"
 BATCH_BUILD = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.adjusted_from_schedule_batch"
 BATCH_FILTER = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.adjusted_filter_batch"

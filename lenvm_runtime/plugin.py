@@ -13,7 +13,7 @@ from lenvm_runtime.config import PluginConfig
 
 
 def load() -> None:
-    """Register the CPU attention backend, the hooks and the samplers; ends the process on failure."""
+    """Register the CPU engine, the hooks and the samplers; ends the process on failure."""
     try:
         _load(PluginConfig.from_environment())
     except Exception as error:
@@ -22,27 +22,28 @@ def load() -> None:
 
 def _load(config: PluginConfig) -> None:
     compat.check_version()
-    _register_cpu_backend()
+    _register_cpu_engine()
     if config.head is not None:
         from lenvm_runtime import engine_hooks, response_hooks
 
         engine_hooks.register(config.head)
         response_hooks.register(config.head)
     for backend in compat.STOCK_SAMPLING_BACKENDS:
-        compat.register_sampler(backend, lambda: _create_sampler(config.sampler))
+        compat.register_sampler(backend, _create_sampler)
 
 
-def _register_cpu_backend() -> None:
+def _register_cpu_engine() -> None:
     from lenvm_runtime.cpu.platform import activate
 
     if activate() is not None:
-        from lenvm_runtime.cpu import attention_backend
+        from lenvm_runtime.cpu import attention_backend, layers, linear, sampling
 
-        attention_backend.register()
+        for part in (attention_backend, layers, linear, sampling):
+            part.register()
 
 
-def _create_sampler(name: str) -> Any:
-    from lenvm_runtime.sampler import InverseCdfSampler, LenVMSampler
+def _create_sampler() -> Any:
+    from lenvm_runtime.sampler import LenVMSampler
 
     compat.check_hooks_applied()
-    return InverseCdfSampler() if name == "inverse_cdf" else LenVMSampler()
+    return LenVMSampler()
