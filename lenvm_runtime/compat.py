@@ -112,6 +112,25 @@ def sampled_rows(metadata: Any) -> Tensor | None:
     return last
 
 
+def input_logprob_rows(metadata: Any, wanted: list[bool]) -> tuple[list[int], list[int]]:
+    """Where the input logprobs of the ``wanted`` sequences of an extend come from and lie.
+
+    Indices of their tokens among all extended ones, and of their entries in ``input_token_logprobs``, which
+    holds for each sequence those of its tokens from its logprob start on.
+    """
+    tokens: list[int] = []
+    places: list[int] = []
+    first_token = first_place = 0
+    lens = zip(metadata.extend_seq_lens_cpu, metadata.extend_logprob_start_lens_cpu, wanted, strict=True)
+    for extend_len, start, is_wanted in lens:
+        num_places = extend_len - start
+        if is_wanted:
+            tokens += range(first_token + start, first_token + extend_len)
+            places += range(first_place, first_place + num_places)
+        first_token, first_place = first_token + extend_len, first_place + num_places
+    return tokens, places
+
+
 def copy_to_host(tensor: Tensor) -> Tensor:
     """Begin SGLang's own asynchronous copy of a device tensor to pinned host memory."""
     host: Tensor = _async_d2h(tensor)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lenvm_kernels.candidates import release_filters, scatter_candidates, select_candidates
 from lenvm_kernels.checkpoint import Head
 from lenvm_kernels.heads import join_features
-from lenvm_kernels.length_control import DEFAULT_KERNEL, steer_candidates
 from lenvm_kernels.length_distribution import expected_length, quantile_length
+from lenvm_kernels.length_value import expected_value
 from lenvm_runtime.control_batch import ControlBatch
 
 MAX_CANDIDATES = 32
@@ -73,6 +73,12 @@ class HeadRunner:
         low, high = (quantile_length(logprobs, lengths, level) for level in INTERVAL)
         return torch.stack([expected_length(logprobs, lengths), low, high], dim=1)
 
+    def candidate_values(self, features: Tensor, token_ids: Tensor) -> Tensor:
+        """Value after each of the given next tokens, 0 after EOS: [rows, num_features], [rows, K] -> [rows, K] fp32."""
+        logprobs = self.candidate_head.candidate_logprobs(features, self.token_table[token_ids])
+        values = expected_value(logprobs, self.candidate_head.bin_lengths, self.config.gamma)
+        return values.masked_fill((token_ids.unsqueeze(-1) == self.eos_token_ids).any(-1), 0.0)
+
     def set_scaled_targets(
         self, features: Tensor, control: ControlBatch, slots: Tensor, generated: Tensor, prefilled: Tensor
     ) -> None:
@@ -84,10 +90,11 @@ class HeadRunner:
 
     def steer(
         self, logits: Tensor, features: Tensor, control: ControlBatch, slots: Tensor, generated: Tensor, sampling: Any
-    ) -> None:
-        """Rewrite the guided rows of ``logits`` [rows, vocab] in place; the bits of other rows stay.
+    ) -> Tensor:
+        """Rewrite guided rows of ``logits`` [rows, vocab] in place; the bits of other rows stay.
 
         ``generated`` [rows]: tokens of the answer so far. ``sampling``: SGLang's SamplingBatchInfo.
+        Returns bool [rows]: the rows rewritten, which are the guided ones whose candidates needed scoring.
         """
         rows = control.rows
         guided_logits = logits[rows].float()  # [guided, vocab]
@@ -102,27 +109,20 @@ class HeadRunner:
             MAX_CANDIDATES,
         )
         bin_logprobs = self.candidate_head.candidate_logprobs(features[rows], self.token_table[candidates.ids])
-        scaled = self.scaled_targets[slots[rows]]
-        steered = steer_candidates(
-            candidates.logprobs,
-            bin_logprobs,
-            candidates.eos_mask,
-            self.candidate_head.bin_lengths,
-            generated[rows],
-            control.mode[rows],
-            control.strategy[rows],
-            torch.where(control.factor[rows] > 0, scaled, control.target[rows]),
-            control.beta[rows],
-            self.config.gamma,
-            DEFAULT_KERNEL,
-        )
-        every_row = torch.ones_like(rows, dtype=torch.bool)
-        scatter_candidates(guided_logits, candidates.ids, steered, temperatures, every_row)
+        lengths, gamma = self.candidate_head.bin_lengths, self.config.gamma
+        guided = control.guided_rows(generated, self.scaled_targets[slots])
+        values = expected_value(bin_logprobs, lengths, gamma)
+        steered = guided.steer(candidates, values, bin_logprobs, lengths, gamma)
+        scored = guided.needs_scoring(candidates)
+        scatter_candidates(guided_logits, candidates.ids, steered, temperatures, scored)
         logits[rows] = guided_logits.to(logits.dtype)
+        return torch.zeros_like(control.greedy).index_copy(0, rows, scored)
 
 
-def released(sampling: Any, control: ControlBatch) -> Any:
-    """A copy of SGLang's SamplingBatchInfo whose filters leave guided rows alone: they were applied before steering."""
-    guided = control.mode != 0
-    top_ks, top_ps, min_ps = release_filters(sampling.top_ks, sampling.top_ps, sampling.min_ps, guided)
+def released(sampling: Any, steered: Tensor) -> Any:
+    """A copy of SGLang's SamplingBatchInfo whose filters leave ``steered`` rows alone (bool [rows]).
+
+    Their filters were applied before steering.
+    """
+    top_ks, top_ps, min_ps = release_filters(sampling.top_ks, sampling.top_ps, sampling.min_ps, steered)
     return dataclasses.replace(sampling, top_ks=top_ks, top_ps=top_ps, min_ps=min_ps)

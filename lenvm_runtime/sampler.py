@@ -27,10 +27,10 @@ class LenVMSampler(Sampler):
         step: StepContext | None = getattr(sampling_info, "lenvm_step", None)
         if step is not None:
             generated = positions + 1 - step.control.prompt_len
-            step.runner.steer(
+            steered = step.runner.steer(
                 logits_output.next_token_logits, step.features, step.control, step.slots, generated, sampling_info
             )
-            sampling_info = released(sampling_info, step.control)
+            sampling_info = released(sampling_info, steered)
         return super().forward(
             logits_output, sampling_info, return_logprob, top_logprobs_nums, token_ids_logprobs, positions
         )

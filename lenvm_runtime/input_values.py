@@ -1,0 +1,63 @@
+"""Values of every token of a prompt, and of given next tokens after it, computed on SGLang's input-logprob path.
+
+A request whose ``custom_params`` hold a `ValueQuery` runs with input logprobs on, so that SGLang prefills its whole
+prompt, cached or not, and carries one number a prompt token through chunked prefill to the client. Here that number
+becomes V of the state at the token. SGLang shifts the numbers by one token and drops the last one: V at the prompt
+boundary is the value of the one sampled token instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lenvm_runtime import compat
+from lenvm_runtime.head_runner import HeadRunner
+from lenvm_runtime.length_control import ValueQuery
+
+
+@dataclass(frozen=True)
+class QueryBatch:
+    """The value queries of a batch, one a row or None; follows SGLang's batch operations."""
+
+    queries: tuple[ValueQuery | None, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no row asks for values."""
+        return not any(self.queries)
+
+    def filter(self, keep_indices: Sequence[int]) -> QueryBatch:
+        """The queries of the kept rows, in that order."""
+        return QueryBatch(tuple(self.queries[index] for index in keep_indices))
+
+    def concat(self, other: QueryBatch) -> QueryBatch:
+        """This batch followed by ``other``."""
+        return QueryBatch(self.queries + other.queries)
+
+
+def write_input_values(
+    runner: HeadRunner, result: Any, hidden_states: Tensor, metadata: Any, batch: QueryBatch
+) -> None:
+    """Put V of each prompt token of querying rows in place of its input logprob. hidden_states: [tokens, d]."""
+    wanted = [bool(query) for query in batch.queries]
+    tokens, places = compat.input_logprob_rows(metadata, wanted)
+    if not tokens:
+        return
+    device = hidden_states.device
+    values = runner.values(hidden_states[torch.tensor(tokens, device=device)])
+    result.input_token_logprobs[torch.tensor(places, device=device)] = values
+
+
+def candidate_values(runner: HeadRunner, features: Tensor, batch: QueryBatch) -> Tensor | None:
+    """V after each asked-for next token: [rows, most candidates of a row], padded; None when no row asks."""
+    ids = [query.candidate_ids if query else () for query in batch.queries]
+    width = max(map(len, ids), default=0)
+    if width == 0:
+        return None
+    padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids], device=features.device)
+    return runner.candidate_values(features, padded)
