@@ -17,7 +17,7 @@ from sglang.srt.managers.utils import _async_d2h
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from torch import Tensor, nn
 
-from lenvm_kernels.checkpoint import CheckpointError
+from lenvm_kernels.checkpoint_files import CheckpointError
 from lenvm_kernels.heads import HeadConfig
 
 KNOWN_VERSIONS = ("0.5.17",)
