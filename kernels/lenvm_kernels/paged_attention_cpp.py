@@ -1,4 +1,4 @@
-"""The CPU kernel of `lenvm_kernels.paged_attention`: built from ``paged_attention.cpp`` at first use, called by ctypes.
+"""The CPU kernel of both attentions: built from ``paged_attention.cpp`` at first use, called by ctypes.
 
 The library goes to ``$LENVM_CACHE_DIR/kernels`` (default ``~/.cache/lenvm/kernels``), named by a hash of the source,
 the compiler, the torch version and the CPU's flags, so that a home folder shared by unlike machines is safe. It uses
@@ -35,10 +35,11 @@ class Problem(ctypes.Structure):
     """Mirror of `Problem` in paged_attention.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "req_to_token")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "k_new", "v_new", "out", "req_to_token")),
         *((name, ctypes.c_void_p) for name in ("req_pool_indices", "kv_lens", "q_starts")),
         *((name, ctypes.c_int64) for name in ("num_reqs", "num_heads", "num_kv_heads", "qk_dim", "v_dim")),
         *((name, ctypes.c_int64) for name in ("req_stride", "q_stride", "out_stride", "k_stride", "v_stride")),
+        *((name, ctypes.c_int64) for name in ("k_new_stride", "v_new_stride")),
         ("window", ctypes.c_int64),
         ("scale", ctypes.c_float),
         ("logit_cap", ctypes.c_float),
@@ -46,13 +47,13 @@ class Problem(ctypes.Structure):
     )
 
 
-def supports(q: torch.Tensor, k_buffer: torch.Tensor, v_buffer: torch.Tensor) -> bool:
+def supports(q: torch.Tensor, *keys_and_values: torch.Tensor) -> bool:
     """Whether the kernel takes these tensors: CPU, bf16 or fp32, dense rows, an even head size."""
     return (
         q.device.type == "cpu"
         and q.dtype in DTYPES
         and q.shape[2] % 2 == 0
-        and all(dense_rows(tensor) for tensor in (q, k_buffer, v_buffer))
+        and all(dense_rows(tensor) for tensor in (q, *keys_and_values))
     )
 
 
@@ -76,16 +77,56 @@ def paged_attention(
     logit_cap: float = 0.0,
 ) -> torch.Tensor:
     """See `lenvm_kernels.paged_attention.paged_attention`; takes what `supports` accepts."""
+    tables = (req_to_token, req_pool_indices, kv_lens, q_starts)
+    return _run(q, None, k_buffer, v_buffer, tables, scale, causal, window, logit_cap)
+
+
+def candidate_attention(
+    q: torch.Tensor,
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    k_buffer: torch.Tensor,
+    v_buffer: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    kv_lens: torch.Tensor,
+    q_starts: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    logit_cap: float = 0.0,
+) -> torch.Tensor:
+    """See `lenvm_kernels.candidate_attention.candidate_attention`; takes what `supports` accepts."""
+    tables = (req_to_token, req_pool_indices, kv_lens, q_starts)
+    return _run(q, (k_new, v_new), k_buffer, v_buffer, tables, scale, False, window, logit_cap)
+
+
+def _run(
+    q: torch.Tensor,
+    new: tuple[torch.Tensor, torch.Tensor] | None,
+    k_buffer: torch.Tensor,
+    v_buffer: torch.Tensor,
+    tables: tuple[torch.Tensor, ...],
+    scale: float,
+    causal: bool,
+    window: int | None,
+    logit_cap: float,
+) -> torch.Tensor:
+    """One call of the library. ``new``: the candidates' keys and values; ``tables``: the four index tensors."""
     out = q.new_empty(q.shape[0], q.shape[1], v_buffer.shape[2])
-    req_pool_indices, kv_lens, q_starts = (t.contiguous() for t in (req_pool_indices, kv_lens, q_starts))
+    req_to_token, *rest = tables
+    req_pool_indices, kv_lens, q_starts = (t.contiguous() for t in rest)
     problem = Problem(
-        *(t.data_ptr() for t in (q, k_buffer, v_buffer, out, req_to_token, req_pool_indices, kv_lens, q_starts)),
+        *(t.data_ptr() for t in (q, k_buffer, v_buffer)),
+        *((t.data_ptr() for t in new) if new else (None, None)),
+        *(t.data_ptr() for t in (out, req_to_token, req_pool_indices, kv_lens, q_starts)),
         req_pool_indices.shape[0],
         q.shape[1],
         k_buffer.shape[1],
         q.shape[2],
         v_buffer.shape[2],
         *(t.stride(0) for t in (req_to_token, q, out, k_buffer, v_buffer)),
+        *((t.stride(0) for t in new) if new else (0, 0)),
         -1 if window is None else window,
         scale,
         logit_cap,
