@@ -18,7 +18,7 @@ class ConfigError(ValueError):
 class PluginConfig:
     """What the plugin does in this process.
 
-    * ``head`` (``LENVM_HEAD``): folder of a LenVM head, or None: serve without values or control;
+    * ``head`` (``LENVM_HEAD``): folder of a LenVM of any kind, or None: serve without values or control;
     * ``sampler`` (``LENVM_SAMPLER``): ``stock`` draws SGLang's own tokens for a seed; ``inverse_cdf``
       draws from the same distributions faster on a CPU.
     """

@@ -20,6 +20,7 @@ from lenvm_runtime.control_batch import ControlBatch
 from lenvm_runtime.head_runner import HeadRunner
 from lenvm_runtime.length_control import LengthControl
 from lenvm_runtime.response import PREDICTION_KEY, VALUE_KEY
+from lenvm_runtime.steering import DeviceRows, just_prefilled, released
 
 _FEATURES_KEY = "lenvm_features"
 _RUNNER = "lenvm_head_runner"
@@ -27,31 +28,19 @@ _GREEDY_TOP_K = 1
 
 
 @dataclass(frozen=True)
-class StepContext:
-    """What the sampler needs to steer one step: all [rows, ...], on the device."""
+class HeadStep:
+    """What the sampler needs to steer one step with a head: all [rows, ...], on the device."""
 
     runner: HeadRunner
     control: ControlBatch
     features: Tensor
     slots: Tensor
 
-
-class DeviceRows:
-    """One Python object a row of a device tensor, converted in one transfer when the first is read."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-        self._rows: list[Any] | None = None
-
-    def __getitem__(self, row: int) -> Any:
-        if self._rows is None:
-            self._rows = self._tensor.tolist()
-        return self._rows[row]
-
-    def start_copy(self) -> None:
-        """Begin an asynchronous copy to pinned host memory; the caller's event says when it is complete."""
-        if self._tensor.is_cuda:
-            self._tensor = compat.copy_to_host(self._tensor)
+    def steer(self, logits_output: Any, sampling: Any, positions: Tensor) -> Any:
+        """See `lenvm_runtime.steering.Step`."""
+        generated = positions + 1 - self.control.prompt_len
+        self.runner.steer(logits_output.next_token_logits, self.features, self.control, self.slots, generated, sampling)
+        return released(sampling, self.control)
 
 
 def register(head_folder: Path) -> None:
@@ -64,6 +53,11 @@ def register(head_folder: Path) -> None:
     compat.after(compat.LOAD_MODEL, attach)
     compat.after(compat.LOGITS_FORWARD, _run_value_head)
     compat.before(compat.SAMPLE, _prepare_sampling)
+    register_controls()
+
+
+def register_controls() -> None:
+    """Register the hooks that carry the controls of a running batch, and bring each step's values to the host."""
     compat.before(compat.COPY_TO_CPU, _start_copies)
     compat.after(compat.BATCH_BUILD, _build_control)
     compat.after(compat.BATCH_FILTER, _filter_control)
@@ -121,10 +115,10 @@ def _prepare_sampling(runner: Any, logits_output: Any, forward_batch: Any) -> No
         return
     head_runner: HeadRunner = getattr(runner, _RUNNER)
     features, slots = info[_FEATURES_KEY][:num_rows], forward_batch.req_pool_indices
-    sampling_info.lenvm_step = StepContext(head_runner, control, features, slots)
+    sampling_info.lenvm_step = HeadStep(head_runner, control, features, slots)
     if forward_batch.forward_mode.is_extend():
         generated = forward_batch.seq_lens - control.prompt_len
-        prefilled = (generated == 0) | (forward_batch.extend_seq_lens > 1)  # not the decode rows of a mixed batch
+        prefilled = just_prefilled(forward_batch, control)
         head_runner.set_scaled_targets(features, control, slots, generated, prefilled)
 
 

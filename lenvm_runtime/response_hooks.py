@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncGenerator, Callable
-from pathlib import Path
 from typing import Any
 
 import orjson
 from fastapi.responses import ORJSONResponse
 
-from lenvm_kernels.checkpoint import read_config
 from lenvm_runtime import compat
 from lenvm_runtime.length_control import LengthControl
 from lenvm_runtime.response import ResponseBuilder
@@ -25,12 +23,11 @@ _CHOICE = re.compile(r'"choices":\[\{"index":(\d+),')
 _FINISHING = '"finish_reason":"'
 
 
-def register(head: Path) -> None:
-    """Hook the chat and completion handlers; gamma comes from the head's configuration."""
-    config = read_config(head)
+def register(gamma: float, max_length: int) -> None:
+    """Hook the chat and completion handlers; ``gamma`` is the LenVM's, ``max_length`` bounds ``remaining``."""
 
     def new_builder(custom_params: Any) -> ResponseBuilder:
-        return ResponseBuilder(custom_params, config.gamma, config.max_length)
+        return ResponseBuilder(custom_params, gamma, max_length)
 
     def stream(
         original: Callable[..., AsyncGenerator[str, None]], handler: Any, adapted: Any, request: Any, *args: Any

@@ -15,7 +15,7 @@ from typing import Any
 from sglang.srt.models.llama import LlamaForCausalLM
 from sglang.srt.models.qwen2 import Qwen2ForCausalLM
 from sglang.srt.models.qwen3 import Qwen3ForCausalLM
-from torch import Tensor
+from torch import Tensor, nn
 
 from lenvm_kernels.checkpoint_files import CheckpointError
 from lenvm_runtime.value_model.weights import LoraAdapter, backbone_weights, check_complete, mark_missing
@@ -50,7 +50,7 @@ class LlamaForLengthValueModel(_Backbone, LlamaForCausalLM):
     """Llama backbones, SmolLM2 among them."""
 
 
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, type[nn.Module]] = {
     "qwen2": Qwen2ForLengthValueModel,
     "qwen3": Qwen3ForLengthValueModel,
     "llama": LlamaForLengthValueModel,

@@ -1,4 +1,4 @@
-"""Where a separate LenVM comes from: folder or hub name, its backbone, its gamma, its vocabulary. No torch, no SGLang."""
+"""Where a separate LenVM comes from: folder or hub name, backbone, gamma, vocabulary. No torch, no SGLang."""
 
 from __future__ import annotations
 

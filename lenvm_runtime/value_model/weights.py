@@ -50,7 +50,7 @@ class LoraAdapter:
             if config.get(key, neutral) not in (neutral, None):
                 raise CheckpointError(f"{folder / ADAPTER_CONFIG_FILE}: {key} = {config[key]} is not supported")
         rank = config["r"]
-        self._scaling = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+        self._scaling: float = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
         self._matrices = self._read_matrices(folder / ADAPTER_FILE)
 
     def merge(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -64,7 +64,8 @@ class LoraAdapter:
 
     def _merged(self, name: str, weight: Tensor) -> Tensor:
         a, b = (matrix.float() for matrix in self._matrices[name])  # [r, in], [out, r]
-        return (weight.float() + self._scaling * (b @ a).to(weight.device)).to(weight.dtype)
+        merged: Tensor = weight.float() + self._scaling * (b @ a)
+        return merged.to(weight.dtype)
 
     @staticmethod
     def _read_matrices(path: Path) -> dict[str, tuple[Tensor, Tensor]]:

@@ -1,0 +1,109 @@
+"""What every way of scoring candidates shares: rows under control, candidates, targets, SGLang's filters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lenvm_kernels.candidates import Candidates, release_filters, scatter_candidates, select_candidates
+from lenvm_runtime import compat
+from lenvm_runtime.control_batch import ControlBatch
+
+MAX_CANDIDATES = 32
+MAX_REQUEST_SLOTS = 65536
+
+
+class Step(Protocol):
+    """What the hooks lay beside the sampling info of one step, for our sampler."""
+
+    def steer(self, logits_output: Any, sampling: Any, positions: Tensor) -> Any:
+        """Rewrite the logits of rows under control, after SGLang's masks, biases and penalties.
+
+        ``positions`` [rows]: index of each row's last token. Returns the sampling info to sample with.
+        """
+
+
+class DeviceRows:
+    """One Python object a row of a device tensor, converted in one transfer when the first is read."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._rows: list[Any] | None = None
+
+    def __getitem__(self, row: int) -> Any:
+        if self._rows is None:
+            self._rows = self._tensor.tolist()
+        return self._rows[row]
+
+    def start_copy(self) -> None:
+        """Begin an asynchronous copy to pinned host memory; the caller's event says when it is complete."""
+        if self._tensor.is_cuda:
+            self._tensor = compat.copy_to_host(self._tensor)
+
+
+class ScaledTargets:
+    """Targets of ``scale`` rows, set when a prompt has been read; indexed by SGLang's request slot.
+
+    Written on the forward stream only, so overlap scheduling cannot reorder it against batch filtering.
+    """
+
+    def __init__(self, device: Any) -> None:
+        self._targets = torch.ones(MAX_REQUEST_SLOTS, device=device)
+
+    def update(
+        self, control: ControlBatch, slots: Tensor, generated: Tensor, remaining: Tensor, prefilled: Tensor
+    ) -> None:
+        """Rows just ``prefilled``: target = generated + factor * predicted ``remaining`` length. All [rows]."""
+        targets = (generated + control.factor * remaining).clamp_min(1.0)
+        self._targets[slots] = torch.where(prefilled, targets, self._targets[slots])
+
+    def targets(self, control: ControlBatch, slots: Tensor) -> Tensor:
+        """The target of each guided row, scaled or given: [guided]."""
+        rows = control.rows
+        return torch.where(control.factor[rows] > 0, self._targets[slots[rows]], control.target[rows])
+
+
+def just_prefilled(forward_batch: Any, control: ControlBatch) -> Tensor:
+    """Rows of an extend batch that were prefilled by it, unlike the decode rows of a mixed batch: [rows] bool."""
+    generated = forward_batch.seq_lens - control.prompt_len
+    prefilled: Tensor = (generated == 0) | (forward_batch.extend_seq_lens > 1)
+    return prefilled
+
+
+def steer_rows(
+    logits: Tensor,
+    rows: Tensor,
+    sampling: Any,
+    eos_token_ids: Tensor,
+    reweigh: Callable[[Candidates], Tensor],
+) -> None:
+    """Rewrite ``rows`` [G] of ``logits`` [B, vocab] in place; the bits of other rows stay.
+
+    ``reweigh`` maps the candidates of these rows to their steered log-probabilities [G, C]. ``sampling``: SGLang's
+    SamplingBatchInfo, whose temperatures and filters choose the candidates.
+    """
+    guided_logits = logits[rows].float()  # [G, vocab]
+    temperatures = sampling.temperatures.view(-1)[rows]
+    candidates = select_candidates(
+        guided_logits,
+        temperatures,
+        sampling.top_ks[rows],
+        sampling.top_ps[rows],
+        sampling.min_ps[rows],
+        eos_token_ids,
+        MAX_CANDIDATES,
+    )
+    every_row = torch.ones_like(rows, dtype=torch.bool)
+    scatter_candidates(guided_logits, candidates.ids, reweigh(candidates), temperatures, every_row)
+    logits[rows] = guided_logits.to(logits.dtype)
+
+
+def released(sampling: Any, control: ControlBatch) -> Any:
+    """A copy of SGLang's SamplingBatchInfo whose filters leave guided rows alone: they were applied before steering."""
+    guided = control.mode != 0
+    top_ks, top_ps, min_ps = release_filters(sampling.top_ks, sampling.top_ps, sampling.min_ps, guided)
+    return dataclasses.replace(sampling, top_ks=top_ks, top_ps=top_ps, min_ps=min_ps)

@@ -1,0 +1,65 @@
+"""A separate LenVM on SGLang's seams: loaded beside the served model, run after its prefills and in its decodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lenvm_runtime import compat
+from lenvm_runtime.engine_hooks import register_controls
+from lenvm_runtime.value_model.source import ValueModelSource
+
+
+class ValueModelHooks:
+    """The hooks of one model process, and the value model once it is loaded.
+
+    * at start: the model is loaded after the served one, its KV bytes enter SGLang's memory budget, its KV
+      buffers get the served model's slots;
+    * each prefill of the served model is run by the value model too (`ModelRunner.forward`);
+    * each decode step is run in our sampler, when candidates can be told from the masked logits.
+    """
+
+    def __init__(self, source: ValueModelSource, max_length: int) -> None:
+        self._source = source
+        self._max_length = max_length
+        self._guide: Any = None
+
+    def register(self) -> None:
+        """Register every hook of the model process."""
+        compat.after(compat.INIT_TARGET_WORKER, self._load)
+        compat.after(compat.KV_BYTES_PER_TOKEN, self._count_kv_bytes)
+        compat.after(compat.INIT_MEMORY_POOLS, self._share_slots)
+        compat.after(compat.INIT_ATTENTION_BACKENDS, self._build_attention)
+        compat.after(compat.FORWARD, self._extend)
+        compat.before(compat.SAMPLE, self._prepare_sampling)
+        register_controls()
+
+    def _load(self, _result: None, scheduler: Any) -> None:
+        from lenvm_runtime.value_model.guidance import ValueGuide
+        from lenvm_runtime.value_model.runner import ValueModelRunner
+
+        target = compat.target_runner(scheduler)
+        runner = ValueModelRunner(self._source, target)
+        self._guide = ValueGuide(runner, sorted(compat.eos_token_ids(target)), self._max_length)
+
+    def _count_kv_bytes(self, cell_size: int, _configurator: Any, _kvc: Any, _num_layers: int) -> int:
+        assert self._guide is not None
+        return cell_size + int(self._guide.runner.kv_bytes_per_token)
+
+    def _share_slots(self, _result: None, scheduler: Any) -> None:
+        self._guide.runner.share_slots(compat.target_runner(scheduler))
+
+    def _build_attention(self, _result: None, _scheduler: Any) -> None:
+        self._guide.runner.build_attention()
+
+    def _extend(self, _output: Any, _runner: Any, forward_batch: Any, *_: Any, **__: Any) -> None:
+        if forward_batch.forward_mode.is_extend():
+            forward_batch.lenvm_values = self._guide.runner.extend(forward_batch)
+
+    def _prepare_sampling(self, _runner: Any, _logits_output: Any, forward_batch: Any) -> None:
+        from lenvm_runtime.value_model.guidance import ValueStep
+
+        values: Tensor | None = getattr(forward_batch, "lenvm_values", None)
+        sampling = forward_batch.sampling_info
+        sampling.lenvm_step = ValueStep(self._guide, getattr(sampling, "lenvm_control", None), forward_batch, values)
