@@ -24,7 +24,6 @@ from lenvm_runtime.steering import DeviceRows, just_prefilled, released
 
 _FEATURES_KEY = "lenvm_features"
 _RUNNER = "lenvm_head_runner"
-_GREEDY_TOP_K = 1
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,9 @@ class HeadStep:
     def steer(self, logits_output: Any, sampling: Any, positions: Tensor) -> Any:
         """See `lenvm_runtime.steering.Step`."""
         generated = positions + 1 - self.control.prompt_len
-        self.runner.steer(logits_output.next_token_logits, self.features, self.control, self.slots, generated, sampling)
-        return released(sampling, self.control)
+        logits = logits_output.next_token_logits
+        steered = self.runner.steer(logits, self.features, self.control, self.slots, generated, sampling)
+        return released(sampling, steered)
 
 
 def register(head_folder: Path) -> None:
@@ -133,7 +133,7 @@ def _build_control(_result: None, sampling_info: Any, batch: Any, _vocab_size: i
     sampling_info.lenvm_control = ControlBatch.build(
         [LengthControl.from_custom_params(req.sampling_params.custom_params) for req in reqs],
         [len(req.origin_input_ids) for req in reqs],
-        [req.sampling_params.top_k <= _GREEDY_TOP_K for req in reqs],
+        [req.sampling_params.top_k for req in reqs],
         sampling_info.device,
     )
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lenvm_kernels.candidates import Candidates
 from lenvm_kernels.checkpoint import Head
 from lenvm_kernels.heads import join_features
-from lenvm_kernels.length_control import DEFAULT_KERNEL, steer_candidates
 from lenvm_kernels.length_distribution import expected_length, quantile_length
+from lenvm_kernels.length_value import expected_value
 from lenvm_runtime.control_batch import ControlBatch
 from lenvm_runtime.steering import ScaledTargets, steer_rows
 
@@ -77,27 +77,18 @@ class HeadRunner:
 
     def steer(
         self, logits: Tensor, features: Tensor, control: ControlBatch, slots: Tensor, generated: Tensor, sampling: Any
-    ) -> None:
-        """Rewrite the guided rows of ``logits`` [rows, vocab] in place; the bits of other rows stay.
+    ) -> Tensor:
+        """Rewrite guided rows of ``logits`` [rows, vocab] in place; the bits of other rows stay.
 
         ``generated`` [rows]: tokens of the answer so far. ``sampling``: SGLang's SamplingBatchInfo.
+        Returns bool [rows]: the rows rewritten, which are the guided ones whose candidates needed scoring.
         """
-        rows = control.rows
+        guided = control.guided_rows(generated, self.scaled_targets.read(slots))
 
         def reweigh(candidates: Candidates) -> Tensor:
-            tokens = self.token_table[candidates.ids]
-            return steer_candidates(
-                candidates.logprobs,
-                self.candidate_head.candidate_logprobs(features[rows], tokens),
-                candidates.eos_mask,
-                self.candidate_head.bin_lengths,
-                generated[rows],
-                control.mode[rows],
-                control.strategy[rows],
-                self.scaled_targets.targets(control, slots),
-                control.beta[rows],
-                self.config.gamma,
-                DEFAULT_KERNEL,
-            )
+            token_rows = self.token_table[candidates.ids]
+            bin_logprobs = self.candidate_head.candidate_logprobs(features[control.rows], token_rows)
+            lengths, gamma = self.candidate_head.bin_lengths, self.config.gamma
+            return guided.steer(candidates, expected_value(bin_logprobs, lengths, gamma), bin_logprobs, lengths, gamma)
 
-        steer_rows(logits, rows, sampling, self.eos_token_ids, reweigh)
+        return steer_rows(logits, control, guided, sampling, self.eos_token_ids, reweigh)

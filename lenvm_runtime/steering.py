@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lenvm_kernels.candidates import Candidates, release_filters, scatter_candidates, select_candidates
 from lenvm_runtime import compat
-from lenvm_runtime.control_batch import ControlBatch
+from lenvm_runtime.control_batch import MAX_CANDIDATES, ControlBatch
+from lenvm_runtime.guidance import GuidedRows
 
-MAX_CANDIDATES = 32
 MAX_REQUEST_SLOTS = 65536
 
 
@@ -61,10 +61,9 @@ class ScaledTargets:
         targets = (generated + control.factor * remaining).clamp_min(1.0)
         self._targets[slots] = torch.where(prefilled, targets, self._targets[slots])
 
-    def targets(self, control: ControlBatch, slots: Tensor) -> Tensor:
-        """The target of each guided row, scaled or given: [guided]."""
-        rows = control.rows
-        return torch.where(control.factor[rows] > 0, self._targets[slots[rows]], control.target[rows])
+    def read(self, slots: Tensor) -> Tensor:
+        """The targets at these request slots: [rows]."""
+        return self._targets[slots]
 
 
 def just_prefilled(forward_batch: Any, control: ControlBatch) -> Tensor:
@@ -76,16 +75,19 @@ def just_prefilled(forward_batch: Any, control: ControlBatch) -> Tensor:
 
 def steer_rows(
     logits: Tensor,
-    rows: Tensor,
+    control: ControlBatch,
+    guided: GuidedRows,
     sampling: Any,
     eos_token_ids: Tensor,
     reweigh: Callable[[Candidates], Tensor],
-) -> None:
-    """Rewrite ``rows`` [G] of ``logits`` [B, vocab] in place; the bits of other rows stay.
+) -> Tensor:
+    """Rewrite the guided rows of ``logits`` [rows, vocab] in place; the bits of other rows stay.
 
-    ``reweigh`` maps the candidates of these rows to their steered log-probabilities [G, C]. ``sampling``: SGLang's
-    SamplingBatchInfo, whose temperatures and filters choose the candidates.
+    ``reweigh`` maps the candidates of the G guided rows to their steered log-probabilities [G, C]. ``sampling``:
+    SGLang's SamplingBatchInfo, whose temperatures and filters choose the candidates.
+    Returns bool [rows]: the rows rewritten, which are the guided ones whose candidates needed scoring.
     """
+    rows = control.rows
     guided_logits = logits[rows].float()  # [G, vocab]
     temperatures = sampling.temperatures.view(-1)[rows]
     candidates = select_candidates(
@@ -97,13 +99,16 @@ def steer_rows(
         eos_token_ids,
         MAX_CANDIDATES,
     )
-    every_row = torch.ones_like(rows, dtype=torch.bool)
-    scatter_candidates(guided_logits, candidates.ids, reweigh(candidates), temperatures, every_row)
+    scored = guided.needs_scoring(candidates)
+    scatter_candidates(guided_logits, candidates.ids, reweigh(candidates), temperatures, scored)
     logits[rows] = guided_logits.to(logits.dtype)
+    return torch.zeros_like(control.mode, dtype=torch.bool).index_copy(0, rows, scored)
 
 
-def released(sampling: Any, control: ControlBatch) -> Any:
-    """A copy of SGLang's SamplingBatchInfo whose filters leave guided rows alone: they were applied before steering."""
-    guided = control.mode != 0
-    top_ks, top_ps, min_ps = release_filters(sampling.top_ks, sampling.top_ps, sampling.min_ps, guided)
+def released(sampling: Any, steered: Tensor) -> Any:
+    """A copy of SGLang's SamplingBatchInfo whose filters leave ``steered`` rows alone (bool [rows]).
+
+    Their filters were applied before steering.
+    """
+    top_ks, top_ps, min_ps = release_filters(sampling.top_ks, sampling.top_ps, sampling.min_ps, steered)
     return dataclasses.replace(sampling, top_ks=top_ks, top_ps=top_ps, min_ps=min_ps)

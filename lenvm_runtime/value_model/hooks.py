@@ -36,8 +36,8 @@ class ValueModelHooks:
         register_controls()
 
     def _load(self, _result: None, scheduler: Any) -> None:
-        from lenvm_runtime.value_model.guidance import ValueGuide
         from lenvm_runtime.value_model.runner import ValueModelRunner
+        from lenvm_runtime.value_model.step import ValueGuide
 
         target = compat.target_runner(scheduler)
         runner = ValueModelRunner(self._source, target)
@@ -58,7 +58,7 @@ class ValueModelHooks:
             forward_batch.lenvm_values = self._guide.runner.extend(forward_batch)
 
     def _prepare_sampling(self, _runner: Any, _logits_output: Any, forward_batch: Any) -> None:
-        from lenvm_runtime.value_model.guidance import ValueStep
+        from lenvm_runtime.value_model.step import ValueStep
 
         values: Tensor | None = getattr(forward_batch, "lenvm_values", None)
         sampling = forward_batch.sampling_info

@@ -23,6 +23,8 @@ PARAMETERS: tuple[dict[str, Any], ...] = (
     {"temperature": 0},
 )
 NEUTRAL = build_custom_params(LengthControl("tilt", beta=0.0), values=True)
+SAME_MEAN = build_custom_params(LengthControl("target_mean", factor=1.0, scaling="length"), values=True)
+NEVER_UNSURE_ENOUGH = build_custom_params(LengthControl("equal", target=5, entropy_threshold=20.0), values=True)
 
 
 def answers(head: Path | None, custom_params: list[dict[str, Any] | None]) -> list[list[int]]:
@@ -36,6 +38,6 @@ def answers(head: Path | None, custom_params: list[dict[str, Any] | None]) -> li
         return outputs
 
 
-def test_no_control_and_beta_zero_give_sglangs_own_tokens() -> None:
+def test_no_control_and_neutral_controls_give_sglangs_own_tokens() -> None:
     stock = answers(NO_HEAD, [None] * 4)
-    assert stock == answers(None, [None, NEUTRAL, None, NEUTRAL])
+    assert stock == answers(None, [None, NEUTRAL, NEVER_UNSURE_ENOUGH, SAME_MEAN])

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_lenvm import offline_values, rename_weight, save_adapter, save_lenvm
 from torch import Tensor
 
 from lenvm_kernels.checkpoint_files import CheckpointError
+from tiny_lenvm import offline_values, rename_weight, save_adapter, save_lenvm
 
 PROMPTS = ([5, 17, 33, 8, 60, 21, 7], [40, 3, 9, 71])
 CANDIDATES = torch.tensor([[11, 50, 90], [6, 12, 0]])
@@ -164,7 +164,7 @@ def test_another_tokenizer_is_refused(served_runner: Any, tmp_path: Path) -> Non
 def test_an_option_that_does_not_work_with_it_is_named(served_runner: Any) -> None:
     from lenvm_runtime import compat
 
-    server_args = SimpleNamespace(**{name: value for name, value in compat._UNSUPPORTED_WITH_VALUE_MODEL.items()})
+    server_args = SimpleNamespace(**compat._UNSUPPORTED_WITH_VALUE_MODEL)
     compat.check_value_model_supported(server_args)
     server_args.enable_dp_attention = True
     with pytest.raises(CheckpointError, match="--enable-dp-attention"):
