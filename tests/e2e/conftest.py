@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 import openai
 import pytest
 
+from lenvm_kernels.checkpoint import read_config
+from lenvm_kernels.checkpoint_files import CONFIG_FILE, VALUE_FILE
 from lenvm_runtime.default_model import MODEL_NAME, ensure_default_model
 from lenvm_runtime.serve import SHIPPED_HEAD, ServeConfig, Stack, free_port, running_stack
 
@@ -38,6 +42,17 @@ def model_name() -> str:
 @pytest.fixture(scope="session")
 def head_folder() -> Path:
     return SHIPPED_HEAD
+
+
+@pytest.fixture(scope="session")
+def lenvm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A separate LenVM in the published format: the default model's weights, the shipped head's value head."""
+    folder = tmp_path_factory.mktemp("lenvm")
+    for path in ensure_default_model().iterdir():
+        (folder / path.name).symlink_to(path)
+    shutil.copy(SHIPPED_HEAD / VALUE_FILE, folder)
+    (folder / CONFIG_FILE).write_text(json.dumps({"gamma": read_config(SHIPPED_HEAD).gamma}))
+    return folder
 
 
 @pytest.fixture(scope="session")
