@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +9,9 @@ from typing import Any
 import openai
 import pytest
 
-from lenvm_kernels.checkpoint import read_config
-from lenvm_kernels.checkpoint_files import CONFIG_FILE, VALUE_FILE
 from lenvm_runtime.default_model import MODEL_NAME, ensure_default_model
 from lenvm_runtime.serve import SHIPPED_HEAD, ServeConfig, Stack, free_port, running_stack
+from sample_lenvm import make_lenvm
 
 
 @pytest.fixture(scope="session")
@@ -47,12 +44,7 @@ def head_folder() -> Path:
 @pytest.fixture(scope="session")
 def lenvm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A separate LenVM in the published format: the default model's weights, the shipped head's value head."""
-    folder = tmp_path_factory.mktemp("lenvm")
-    for path in ensure_default_model().iterdir():
-        (folder / path.name).symlink_to(path)
-    shutil.copy(SHIPPED_HEAD / VALUE_FILE, folder)
-    (folder / CONFIG_FILE).write_text(json.dumps({"gamma": read_config(SHIPPED_HEAD).gamma}))
-    return folder
+    return make_lenvm(tmp_path_factory.mktemp("lenvm"))
 
 
 @pytest.fixture(scope="session")
