@@ -13,6 +13,7 @@ from copy import deepcopy
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from sglang.srt.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from sglang.srt.layers.sampler import register_sampler_backend
 from sglang.srt.managers.utils import _async_d2h
@@ -155,6 +156,12 @@ def check_head_fits(config: HeadConfig, model_config: Any) -> None:
 def target_runner(scheduler: Any) -> Any:
     """The model runner of the served model."""
     return scheduler.tp_worker.model_runner
+
+
+def random_state_kept(runner: Any) -> AbstractContextManager[None]:
+    """Give torch's random generators of this rank their states back at the end."""
+    context: AbstractContextManager[None] = torch.random.fork_rng([runner.gpu_id] if runner.device == "cuda" else [])
+    return context
 
 
 def eos_token_ids(runner: Any) -> set[int]:

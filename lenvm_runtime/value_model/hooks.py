@@ -40,7 +40,8 @@ class ValueModelHooks:
         from lenvm_runtime.value_model.step import ValueGuide
 
         target = compat.target_runner(scheduler)
-        runner = ValueModelRunner(self._source, target)
+        with compat.random_state_kept(target):  # the served model's tokens for a seed stay stock SGLang's
+            runner = ValueModelRunner(self._source, target)
         self._guide = ValueGuide(runner, sorted(compat.eos_token_ids(target)), self._max_length)
 
     def _count_kv_bytes(self, cell_size: int, _configurator: Any, _kvc: Any, _num_layers: int) -> int:

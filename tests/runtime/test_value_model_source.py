@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_lenvm import save_adapter, save_lenvm, save_model
 from torch import Tensor
 
 from lenvm_kernels.checkpoint import load_value_head
@@ -15,6 +14,7 @@ from lenvm_kernels.checkpoint_files import ADAPTER_CONFIG_FILE, CONFIG_FILE, Che
 from lenvm_runtime.serve import SHIPPED_HEAD
 from lenvm_runtime.value_model.source import check_vocabulary, find_folder, read_source
 from lenvm_runtime.value_model.weights import EMBEDDINGS, LoraAdapter, backbone_weights
+from tiny_lenvm import save_adapter, save_lenvm, save_model
 
 
 def test_the_kind_is_told_from_the_files(tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_a_value_head_round_trips(tmp_path: Path) -> None:
     _, head = save_lenvm(tmp_path, "qwen3")
     loaded = load_value_head(tmp_path, head.fc.in_features)
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in head.state_dict().items())
-    with pytest.raises(CheckpointError, match="value_head.safetensors"):
+    with pytest.raises(CheckpointError, match=r"value_head\.safetensors"):
         load_value_head(tmp_path, head.fc.in_features + 1)
 
 
@@ -121,5 +121,5 @@ def test_an_adapter_of_another_form_is_refused(tmp_path: Path, field: str, value
 def test_an_adapter_for_other_layers_is_refused(tmp_path: Path) -> None:
     save_model(tmp_path / "model", "llama")
     save_adapter(tmp_path / "adapter", tmp_path / "model")
-    with pytest.raises(CheckpointError, match="has no model.layers.0.mlp.down_proj.weight"):
+    with pytest.raises(CheckpointError, match=r"has no model\.layers\.0\.mlp\.down_proj"):
         list(LoraAdapter(tmp_path / "adapter").merge([]))
