@@ -89,5 +89,5 @@ def count_host_reads(num_reqs: int = 16, vocab: int = 1000) -> Counter[str]:
     sampling = _SamplingFilters(ones.unsqueeze(1), torch.tensor(top_ks), ones, 0.01 * ones)
     logits = SimpleNamespace(next_token_logits=torch.randn(num_reqs, vocab), customized_info=None)
     with HostReads() as reads:
-        _DeviceStep(guide, control, batch, None).steer(logits, sampling, batch.seq_lens - 1)
+        _DeviceStep(guide, control, None, batch, None).steer(logits, sampling, batch.seq_lens - 1)
     return reads.counts

@@ -134,6 +134,25 @@ def sampled_rows(metadata: Any) -> Tensor | None:
     return last
 
 
+def input_logprob_rows(metadata: Any, wanted: list[bool]) -> tuple[list[int], list[int]]:
+    """Where the input logprobs of the ``wanted`` sequences of an extend come from and lie.
+
+    Indices of their tokens among all extended ones, and of their entries in ``input_token_logprobs``, which
+    holds for each sequence those of its tokens from its logprob start on.
+    """
+    tokens: list[int] = []
+    places: list[int] = []
+    first_token = first_place = 0
+    lens = zip(metadata.extend_seq_lens_cpu, metadata.extend_logprob_start_lens_cpu, wanted, strict=True)
+    for extend_len, start, is_wanted in lens:
+        num_places = extend_len - start
+        if is_wanted:
+            tokens += range(first_token + start, first_token + extend_len)
+            places += range(first_place, first_place + num_places)
+        first_token, first_place = first_token + extend_len, first_place + num_places
+    return tokens, places
+
+
 def copy_to_host(tensor: Tensor) -> Tensor:
     """Begin SGLang's own asynchronous copy of a device tensor to pinned host memory."""
     host: Tensor = _async_d2h(tensor)
@@ -151,6 +170,12 @@ def check_head_fits(config: HeadConfig, model_config: Any) -> None:
     num_layers = model_config.num_hidden_layers
     if any(layer >= num_layers for layer in config.feature_layers):
         raise CheckpointError(f"the LenVM head reads layers {config.feature_layers}, the model has {num_layers}")
+
+
+def vocab_size(manager: Any) -> int:
+    """Size of the served model's vocabulary, as the tokenizer manager knows it."""
+    size: int = manager.model_config.vocab_size
+    return size
 
 
 def target_runner(scheduler: Any) -> Any:

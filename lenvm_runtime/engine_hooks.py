@@ -18,8 +18,9 @@ from lenvm_kernels.checkpoint import load_head
 from lenvm_runtime import compat, control_batch
 from lenvm_runtime.control_batch import ControlBatch
 from lenvm_runtime.head_runner import HeadRunner
-from lenvm_runtime.length_control import LengthControl
-from lenvm_runtime.response import PREDICTION_KEY, VALUE_KEY
+from lenvm_runtime.input_values import QueryBatch, write_input_values
+from lenvm_runtime.length_control import LengthControl, ValueQuery
+from lenvm_runtime.response import CANDIDATES_KEY, PREDICTION_KEY, VALUE_KEY
 from lenvm_runtime.steering import DeviceRows, just_prefilled, released
 
 _FEATURES_KEY = "lenvm_features"
@@ -98,7 +99,20 @@ def _run_value_head(
     info: dict[str, Any] = {VALUE_KEY: runner.values(features), _FEATURES_KEY: features}
     if sampled is not None:
         info[PREDICTION_KEY] = runner.predictions(features)
+        info |= _answer_queries(runner, result, hidden_states, features, metadata)
     result.customized_info = info
+
+
+def _answer_queries(
+    runner: HeadRunner, result: Any, hidden_states: Tensor, features: Tensor, metadata: Any
+) -> dict[str, Tensor]:
+    """What rows with a value query add to the step's values; their prompts' values go into the input logprobs."""
+    queries: QueryBatch | None = getattr(metadata.sampling_info, "lenvm_queries", None)
+    if queries is None or queries.is_empty:
+        return {}
+    write_input_values(runner.values, hidden_states, result, metadata, queries)
+    ids, _ = queries.candidate_ids(features.device)
+    return {CANDIDATES_KEY: runner.candidate_values(features, ids)} if ids.numel() else {}
 
 
 def _prepare_sampling(runner: Any, logits_output: Any, forward_batch: Any) -> None:
@@ -130,6 +144,9 @@ def _start_copies(result: Any, *_: Any, **__: Any) -> None:
 
 def _build_control(_result: None, sampling_info: Any, batch: Any, _vocab_size: int) -> None:
     reqs = batch.reqs
+    sampling_info.lenvm_queries = QueryBatch(
+        tuple(ValueQuery.from_custom_params(req.sampling_params.custom_params) for req in reqs)
+    )
     sampling_info.lenvm_control = ControlBatch.build(
         [LengthControl.from_custom_params(req.sampling_params.custom_params) for req in reqs],
         [len(req.origin_input_ids) for req in reqs],
@@ -139,6 +156,7 @@ def _build_control(_result: None, sampling_info: Any, batch: Any, _vocab_size: i
 
 
 def _filter_control(_result: None, sampling_info: Any, keep_indices: list[int], keep_indices_device: Tensor) -> None:
+    sampling_info.lenvm_queries = sampling_info.lenvm_queries.filter(keep_indices)
     control = sampling_info.lenvm_control
     if control is not None:
         sampling_info.lenvm_control = control.filter(keep_indices, keep_indices_device)
@@ -146,6 +164,7 @@ def _filter_control(_result: None, sampling_info: Any, keep_indices: list[int], 
 
 def _merge_control(_result: None, sampling_info: Any, other: Any) -> None:
     num_right = len(other)
+    sampling_info.lenvm_queries = sampling_info.lenvm_queries.concat(other.lenvm_queries)
     sampling_info.lenvm_control = control_batch.merge(
         sampling_info.lenvm_control,
         other.lenvm_control,
@@ -157,3 +176,4 @@ def _merge_control(_result: None, sampling_info: Any, other: Any) -> None:
 
 def _carry_control(copy: Any, sampling_info: Any) -> None:
     copy.lenvm_control = sampling_info.lenvm_control
+    copy.lenvm_queries = sampling_info.lenvm_queries

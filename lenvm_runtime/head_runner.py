@@ -67,6 +67,12 @@ class HeadRunner:
         low, high = (quantile_length(logprobs, lengths, level) for level in INTERVAL)
         return torch.stack([expected_length(logprobs, lengths), low, high], dim=1)
 
+    def candidate_values(self, features: Tensor, token_ids: Tensor) -> Tensor:
+        """Value after each of the given next tokens, 0 after EOS: [rows, num_features], [rows, K] -> [rows, K] fp32."""
+        logprobs = self.candidate_head.candidate_logprobs(features, self.token_table[token_ids])
+        values = expected_value(logprobs, self.candidate_head.bin_lengths, self.config.gamma)
+        return values.masked_fill((token_ids.unsqueeze(-1) == self.eos_token_ids).any(-1), 0.0)
+
     def set_scaled_targets(
         self, features: Tensor, control: ControlBatch, slots: Tensor, generated: Tensor, prefilled: Tensor
     ) -> None:

@@ -3,7 +3,8 @@
 The only module that the gateway shares with the engine plugin. Standard library only.
 
 Wire form (SGLang's ``custom_params``, whose values may nest one level): ``{"lenvm": {"values": bool,
-"mode": ..., ...}}``, with the fields of the control beside ``values`` when there is one.
+"mode": ..., ...}}``, with the fields of the control beside ``values`` when there is one. A request for the
+values of its own prompt has ``{"lenvm": {"input_values": true, "candidates": [ids]}}`` (`ValueQuery`).
 """
 
 from __future__ import annotations
@@ -123,6 +124,28 @@ class LengthControl:
         if self.mode not in _TILTS:
             fields["strategy"] = self.strategy
         return {**fields, "entropy_threshold": self.entropy_threshold} if self.entropy_threshold else fields
+
+
+@dataclass(frozen=True, slots=True)
+class ValueQuery:
+    """A request for the value at each token of its prompt, and after each of ``candidate_ids`` as next token."""
+
+    candidate_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_custom_params(cls, custom_params: object) -> ValueQuery | None:
+        """Read the wire form; None where it asks for no input values. Raises LengthControlError on a malformed one."""
+        lenvm = custom_params.get("lenvm") if isinstance(custom_params, Mapping) else None
+        if not isinstance(lenvm, Mapping) or not lenvm.get("input_values"):
+            return None
+        ids = lenvm.get("candidates", [])
+        if not isinstance(ids, list) or not all(isinstance(token, int) and token >= 0 for token in ids):
+            raise LengthControlError("custom_params.lenvm.candidates", "must be a list of token ids")
+        return cls(tuple(ids))
+
+    def to_custom_params(self) -> dict[str, Any]:
+        """The wire form."""
+        return {"lenvm": {"input_values": True, "candidates": list(self.candidate_ids)}}
 
 
 def build_custom_params(control: LengthControl | None, values: bool) -> dict[str, Any]:

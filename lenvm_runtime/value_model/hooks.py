@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lenvm_runtime import compat
 from lenvm_runtime.engine_hooks import register_controls
+from lenvm_runtime.input_values import QueryBatch, write_input_values
 from lenvm_runtime.value_model.source import ValueModelSource
 
 
@@ -54,13 +55,20 @@ class ValueModelHooks:
     def _build_attention(self, _result: None, _scheduler: Any) -> None:
         self._guide.runner.build_attention()
 
-    def _extend(self, _output: Any, _runner: Any, forward_batch: Any, *_: Any, **__: Any) -> None:
-        if forward_batch.forward_mode.is_extend():
-            forward_batch.lenvm_values = self._guide.runner.extend(forward_batch)
+    def _extend(self, output: Any, _runner: Any, forward_batch: Any, *_: Any, **__: Any) -> None:
+        if not forward_batch.forward_mode.is_extend():
+            return
+        runner = self._guide.runner
+        states = runner.extend(forward_batch)
+        forward_batch.lenvm_values = runner.values(states[compat.sampled_rows(forward_batch)])
+        queries: QueryBatch | None = getattr(forward_batch.sampling_info, "lenvm_queries", None)
+        if queries is not None and not queries.is_empty:
+            write_input_values(runner.values, states, output.logits_output, forward_batch, queries)
 
     def _prepare_sampling(self, _runner: Any, _logits_output: Any, forward_batch: Any) -> None:
         from lenvm_runtime.value_model.step import ValueStep
 
         values: Tensor | None = getattr(forward_batch, "lenvm_values", None)
         sampling = forward_batch.sampling_info
-        sampling.lenvm_step = ValueStep(self._guide, getattr(sampling, "lenvm_control", None), forward_batch, values)
+        control, queries = (getattr(sampling, name, None) for name in ("lenvm_control", "lenvm_queries"))
+        sampling.lenvm_step = ValueStep(self._guide, control, queries, forward_batch, values)

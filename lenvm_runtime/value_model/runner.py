@@ -78,28 +78,29 @@ class ValueModelRunner(ModelRunner):
         self._step_backend = CandidateAttentionBackend(self.req_to_token_pool, self.token_to_kv_pool)
 
     def extend(self, forward_batch: Any) -> Tensor:
-        """Run the tokens of a prefill, whose keys and values are cached: V of each request's last state [B] fp32."""
+        """Run the tokens of a prefill, whose keys and values are cached: their states [tokens, hidden_size]."""
         with torch.inference_mode(), compat.attention(self.attn_backend):
             self.attn_backend.init_forward_metadata(forward_batch)
-            states = self.model(self._known(forward_batch.input_ids), forward_batch.positions, forward_batch)
-            last = forward_batch.extend_seq_lens.cumsum(0) - 1
-            return self._values(states[last])
+            states: Tensor = self.model(self._known(forward_batch.input_ids), forward_batch.positions, forward_batch)
+            return states
 
     def step(self, rows: StepRows) -> Tensor:
         """Run packed rows; keys and values of each row 0 are cached: V of every row's state [T] fp32."""
         self._step_backend.set_rows(rows)
         batch = compat.step_batch(rows.input_ids, rows.positions, rows.req_pool_indices, rows.kv_lens, rows.slots)
         with torch.inference_mode(), compat.attention(self._step_backend):
-            return self._values(self.model(self._known(rows.input_ids), rows.positions, batch))
+            return self.values(self.model(self._known(rows.input_ids), rows.positions, batch))
+
+    def values(self, states: Tensor) -> Tensor:
+        """V of states: [rows, hidden_size] -> [rows] fp32."""
+        with torch.inference_mode():
+            values: Tensor = self.value_head(states)
+            return values
 
     @property
     def _num_layers(self) -> int:
         layers: int = self.model_config.num_hidden_layers
         return layers
-
-    def _values(self, states: Tensor) -> Tensor:
-        values: Tensor = self.value_head(states)
-        return values
 
     def _known(self, token_ids: Tensor) -> Tensor:
         """Padding ids of the served vocabulary, which stand for no token, read the last embedding."""

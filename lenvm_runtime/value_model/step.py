@@ -17,7 +17,8 @@ from lenvm_kernels.value_distribution import build_value_table, distribution_fro
 from lenvm_runtime.control_batch import ControlBatch
 from lenvm_runtime.guidance import GuidedRows
 from lenvm_runtime.head_runner import INTERVAL
-from lenvm_runtime.response import PREDICTION_KEY, VALUE_KEY
+from lenvm_runtime.input_values import QueryBatch
+from lenvm_runtime.response import CANDIDATES_KEY, PREDICTION_KEY, VALUE_KEY
 from lenvm_runtime.steering import DeviceRows, ScaledTargets, just_prefilled, released, steer_rows
 from lenvm_runtime.value_model.packing import StepRows, pack_step, read_candidates
 from lenvm_runtime.value_model.runner import ValueModelRunner
@@ -65,6 +66,7 @@ class ValueStep:
 
     guide: ValueGuide
     control: ControlBatch | None
+    queries: QueryBatch | None
     batch: Any
     state_values: Tensor | None
     prefilled: bool = field(init=False)
@@ -82,8 +84,21 @@ class ValueStep:
         assert self.state_values is not None
         logits_output.customized_info = {VALUE_KEY: DeviceRows(self.state_values)}
         if self.prefilled:
-            logits_output.customized_info[PREDICTION_KEY] = DeviceRows(self.guide.predictions(self.state_values))
+            logits_output.customized_info |= self._answers(self.state_values)
         return sampling
+
+    def _answers(self, state_values: Tensor) -> dict[str, DeviceRows]:
+        """What a prefill adds to the values: the prediction, and the values of asked-for next tokens."""
+        answers = {PREDICTION_KEY: DeviceRows(self.guide.predictions(state_values))}
+        if self.queries is None or self.queries.is_empty:
+            return answers
+        ids, asked = self.queries.candidate_ids(state_values.device)
+        scored = asked & (ids.unsqueeze(-1) != self.guide.eos_token_ids).all(-1)
+        if ids.numel():
+            every = torch.arange(len(ids), device=ids.device)
+            rows = self._pack(every, every, ids, scored, ids.numel())
+            answers[CANDIDATES_KEY] = DeviceRows(read_candidates(self.guide.runner.step(rows), rows, scored))
+        return answers
 
     def _steer(self, control: ControlBatch, logits: Tensor, sampling: Any, positions: Tensor) -> Tensor:
         guide, slots = self.guide, self.batch.req_pool_indices

@@ -86,7 +86,8 @@ def test_values_of_states_and_candidates_equal_a_plain_forward(lenvm: SimpleName
     """Prefilled in two chunks, then one step that scores candidates."""
     requests = Requests(lenvm.runner)
     lenvm.runner.extend(requests.extend([0, 0], [3, 2]))
-    chunk = lenvm.runner.extend(requests.extend([3, 2], [6, 3]))
+    states = lenvm.runner.extend(requests.extend([3, 2], [6, 3]))
+    chunk = lenvm.runner.values(states[[2, 3]])  # three tokens, then one
     expected = [
         offline_values(lenvm.model, lenvm.head, prompt[:end])[-1] for prompt, end in zip(PROMPTS, (6, 3), strict=True)
     ]
