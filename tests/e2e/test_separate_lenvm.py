@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lenvm_kernels.checkpoint import load_value_head
+from lenvm_runtime.length_control import ValueQuery
 from lenvm_runtime.serve import ServeConfig, running_engine
 
 pytestmark = pytest.mark.e2e
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.e2e
 MAX_VALUE_ERROR = 0.05
 MEAN_VALUE_ERROR = 0.01
 
-MAX_TOTAL_TOKENS = 700
+MAX_TOTAL_TOKENS = 480
 NUM_ABORT_REQUESTS = int(os.environ.get("LENVM_TEST_ABORT_REQUESTS", "80"))
 """How many requests the abort test sends: 80 take less than a minute on one core; 1000 is a full run."""
 
@@ -157,7 +158,7 @@ async def test_values_survive_retraction(engine: Engine, http: httpx.AsyncClient
     prompts = [engine.prompt(f"Tell me something about the number {i}.") for i in range(8)]
     answers = await asyncio.gather(
         *(
-            engine.generate(http, prompt, CONTROLS[i % len(CONTROLS)], max_new_tokens=90, ignore_eos=True)
+            engine.generate(http, prompt, CONTROLS[i % len(CONTROLS)], max_new_tokens=60, ignore_eos=True)
             for i, prompt in enumerate(prompts)
         )
     )
@@ -173,6 +174,25 @@ async def test_a_grammar_holds_under_control(engine: Engine, http: httpx.AsyncCl
     assert answer["text"].isdigit()
     assert len(answer["text"]) == 3
     engine.check_values(prompt, answer)
+
+
+async def test_values_of_a_prompt_and_of_given_next_tokens(engine: Engine, http: httpx.AsyncClient) -> None:
+    """Beside a generation, in chunks (more than 64 tokens), then with a cached prefix."""
+    prompt = engine.prompt(SHARED_PREFIX + "Repeat them.")
+    candidates = [253, 30, engine.tokenizer.eos_token_id]
+    query = ValueQuery(tuple(candidates)).to_custom_params()
+    body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 1, "custom_params": query}}
+    values = engine.forward(prompt)[0]
+    after = [float(engine.forward([*prompt, token])[0][-1]) for token in candidates[:2]] + [0.0]
+    for _ in range(2):
+        response, beside = await asyncio.gather(
+            http.post(f"{engine.url}/generate", json=body), engine.generate(http, prompt[:40], CONTROLS[4])
+        )
+        lenvm = response.json()["lenvm"]
+        assert lenvm["token_ids"] == prompt
+        assert (torch.tensor(lenvm["values"]) - values).abs().max() < MAX_VALUE_ERROR
+        assert [candidate["value"] for candidate in lenvm["candidates"]] == pytest.approx(after, abs=MAX_VALUE_ERROR)
+        engine.check_values(prompt[:40], beside)
 
 
 async def test_aborts_leave_no_slot(engine: Engine, http: httpx.AsyncClient) -> None:

@@ -20,7 +20,9 @@ EMBEDDINGS = "model.embed_tokens.weight"
 TOLERANCE = 2e-5  # fp32 sums in another order
 
 
-@pytest.fixture(params=["qwen2", "qwen2 lm_head only", "qwen2 untied", "qwen3", "llama", "adapter", "rslora"])
+@pytest.fixture(
+    params=["qwen2", "qwen2 lm_head only", "qwen2 untied", "qwen3", "qwen3 sharded", "llama", "adapter", "rslora"]
+)
 def lenvm(request: pytest.FixtureRequest, served_runner: Any, tmp_path: Path) -> SimpleNamespace:
     """A loaded value model beside its transformers twin."""
     family, _, variant = request.param.partition(" ")
@@ -28,7 +30,9 @@ def lenvm(request: pytest.FixtureRequest, served_runner: Any, tmp_path: Path) ->
         base = Path(served_runner.server_args.model_path)
         model, head = save_adapter(tmp_path, base, use_rslora=family == "rslora")
     else:
-        model, head = save_lenvm(tmp_path, family, tied=variant != "untied")
+        model, head = save_lenvm(
+            tmp_path, family, tied=variant != "untied", max_shard_size="40KB" if variant == "sharded" else "1GB"
+        )
     if variant == "lm_head only":
         rename_weight(tmp_path, EMBEDDINGS, "lm_head.weight")
     return SimpleNamespace(runner=load(tmp_path, served_runner), model=model, head=head)

@@ -36,21 +36,27 @@ SHAPE: dict[str, Any] = dict(
 )
 
 
-def save_model(folder: Path, family: str, *, tied: bool = True, seed: int = 0) -> Any:
+def save_model(folder: Path, family: str, *, tied: bool = True, seed: int = 0, max_shard_size: str = "1GB") -> Any:
     """A random fp32 model of a family (qwen2, qwen3, llama) with a tokenizer of one token a word ``w0`` .. ``w95``."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **SHAPE, tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2").save_pretrained(folder)
     return model
 
 
-def save_lenvm(folder: Path, family: str, *, tied: bool = True, gamma: float = 0.99) -> tuple[Any, ValueHead]:
+def save_lenvm(
+    folder: Path, family: str, *, tied: bool = True, gamma: float = 0.99, max_shard_size: str = "1GB"
+) -> tuple[Any, ValueHead]:
     """A published-format checkpoint; returns its transformers model and value head."""
-    model = save_model(folder, family, tied=tied, seed=1)
+    model = save_model(folder, family, tied=tied, seed=1, max_shard_size=max_shard_size)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["architectures"] = [f"{family.capitalize()}ForLengthValueModel"]
+    path.write_text(json.dumps(config))
     return model, save_head(folder, gamma)
 
 
