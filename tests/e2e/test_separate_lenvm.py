@@ -15,7 +15,7 @@ import torch
 
 from lenvm_kernels.checkpoint import load_value_head
 from lenvm_runtime.length_control import ValueQuery
-from lenvm_runtime.serve import ServeConfig, running_engine
+from lenvm_runtime.serve import ServeConfig, Stack, free_port, running_stack
 
 pytestmark = pytest.mark.e2e
 
@@ -42,8 +42,8 @@ CONTROLS: tuple[dict[str, Any] | None, ...] = (
 class Engine:
     """A running engine with the separate LenVM, and its offline twin."""
 
-    def __init__(self, url: str, model: Any, tokenizer: Any, head: Any) -> None:
-        self.url, self.tokenizer = url, tokenizer
+    def __init__(self, stack: Stack, model: Any, tokenizer: Any, head: Any) -> None:
+        self.url, self.gateway_url, self.tokenizer = stack.engine_url, stack.gateway_url, tokenizer
         self._model, self._head = model, head
 
     def prompt(self, question: str) -> list[int]:
@@ -91,8 +91,8 @@ def engine(lenvm_folder: Path, reference_model: tuple[Any, Any]) -> Iterator[Eng
     flat = tuple(part for pair in arguments.items() for part in pair)
     model, tokenizer = reference_model
     head = load_value_head(lenvm_folder, model.config.hidden_size)
-    with running_engine(ServeConfig("127.0.0.1", 8000, None, lenvm_folder, flat)) as (_, url):
-        yield Engine(url, model, tokenizer, head)
+    with running_stack(ServeConfig("127.0.0.1", free_port(), None, lenvm_folder, flat)) as stack:
+        yield Engine(stack, model, tokenizer, head)
 
 
 @pytest.fixture
@@ -193,6 +193,19 @@ async def test_values_of_a_prompt_and_of_given_next_tokens(engine: Engine, http:
         assert (torch.tensor(lenvm["values"]) - values).abs().max() < MAX_VALUE_ERROR
         assert [candidate["value"] for candidate in lenvm["candidates"]] == pytest.approx(after, abs=MAX_VALUE_ERROR)
         engine.check_values(prompt[:40], beside)
+
+
+async def test_the_gateway_serves_it(engine: Engine, http: httpx.AsyncClient, model_name: str) -> None:
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    body = {"model": model_name, "messages": messages, "max_completion_tokens": 40, "max_length_hint": 12}
+    choice = (await http.post(f"{engine.gateway_url}/v1/chat/completions", json=body)).json()["choices"][0]
+    assert choice["lenvm"]["applied"] == {"mode": "at_most", "target": 12, "strategy": "natural"}
+    low, high = choice["lenvm"]["prediction"]["interval"]
+    assert 1 <= low <= choice["lenvm"]["prediction"]["expected"] <= high
+    predicted = await http.post(
+        f"{engine.gateway_url}/v1/length/predict", json={"model": model_name, "messages": messages}
+    )
+    assert predicted.json()["expected"] == pytest.approx(choice["lenvm"]["prediction"]["expected"], rel=0.2)
 
 
 async def test_aborts_leave_no_slot(engine: Engine, http: httpx.AsyncClient) -> None:

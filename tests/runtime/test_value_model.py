@@ -131,8 +131,31 @@ def test_kv_bytes_are_those_of_the_buffers(served_runner: Any, tmp_path: Path) -
     runner = load(tmp_path, served_runner)
     pool = runner.token_to_kv_pool
     num_slots = served_runner.token_to_kv_pool.size + served_runner.page_size
-    allocated = sum(buffer.nbytes for buffer in [*pool.k_buffer, *pool.v_buffer])
-    assert allocated == num_slots * runner.kv_bytes_per_token
+    assert kv_bytes(pool) == num_slots * runner.kv_bytes_per_token
+
+
+def kv_bytes(pool: Any) -> int:
+    return sum(buffer.nbytes for buffer in [*pool.k_buffer, *pool.v_buffer])
+
+
+def test_sglangs_memory_budget_counts_both_models(served_runner: Any, tmp_path: Path) -> None:
+    from sglang.srt.model_executor.pool_configurator import DefaultPoolConfigurator
+
+    from lenvm_runtime import compat
+    from lenvm_runtime.value_model.hooks import ValueModelHooks
+    from lenvm_runtime.value_model.source import read_source
+
+    save_lenvm(tmp_path, "qwen3")
+    hooks = ValueModelHooks(read_source(tmp_path), 1000)
+    scheduler = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=served_runner))
+    hooks._load(None, scheduler)
+    hooks._share_slots(None, scheduler)
+    assert compat.KV_BYTES_PER_TOKEN.endswith("DefaultPoolConfigurator._compute_cell_size")
+    configurator = DefaultPoolConfigurator(served_runner.kv_cache_configurator)
+    served = configurator._compute_cell_size(served_runner.kv_cache_configurator, num_layers=2)
+    counted = hooks._count_kv_bytes(served, configurator, served_runner.kv_cache_configurator, 2)
+    both = kv_bytes(served_runner.token_to_kv_pool) + kv_bytes(hooks._guide.runner.token_to_kv_pool)
+    assert counted * (served_runner.token_to_kv_pool.size + served_runner.page_size) == both
 
 
 def test_the_served_models_configuration_comes_back(served_runner: Any, tmp_path: Path) -> None:
