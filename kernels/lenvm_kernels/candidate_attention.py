@@ -42,10 +42,8 @@ def candidate_attention(
 
     Args:
         q: [num_rows, num_heads, qk_dim] bf16 or fp32 (Triton: fp16 too), requests one after the other; rows dense.
-        k_new: [num_rows, num_kv_heads, qk_dim], dtype of q; the first row of a request is not read.
-        v_new: [num_rows, num_kv_heads, v_dim], dtype of q; likewise.
-        k_buffer: [num_slots, num_kv_heads, qk_dim], dtype of q; a slot must be dense.
-        v_buffer: [num_slots, num_kv_heads, v_dim], dtype of q; a slot must be dense.
+        k_new, v_new: [num_rows, num_kv_heads, qk_dim or v_dim], dtype of q; a request's first row is not read.
+        k_buffer, v_buffer: [num_slots, num_kv_heads, qk_dim or v_dim], dtype of q; a slot must be dense.
         req_to_token: [max_reqs, max_context] int32 slot ids.
         req_pool_indices: [num_reqs] int64, rows of req_to_token.
         kv_lens: [num_reqs] int64, cached keys of each request, that of its first row included.
@@ -55,8 +53,8 @@ def candidate_attention(
         logit_cap: soft cap of the scores; 0: none.
 
     Returns:
-        [num_rows, num_heads, v_dim], dtype of q, contiguous. Rows from ``q_starts[-1]`` on (the padding of a CUDA
-        graph) hold nothing of meaning. Nothing is synchronised with the host on CUDA.
+        [num_rows, num_heads, v_dim], dtype of q, contiguous; rows from ``q_starts[-1]`` on (a CUDA graph's padding)
+        are undefined. No host synchronisation on CUDA.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together, or a scale that is not positive.

@@ -85,20 +85,14 @@ def attend_in_splits(
     sums = torch.empty_like(maxima)
     group = num_heads // num_kv_heads
     block_m = tile_rows(triton.cdiv(num_rows, num_reqs), group)
+    strided = (q, k_new, v_new, k_buffer, v_buffer, req_to_token)
     _attend_split[(num_reqs, num_kv_heads, num_splits)](
-        q,
-        k_new,
-        v_new,
-        k_buffer,
-        v_buffer,
-        req_to_token,
-        req_pool_indices.contiguous(),
-        kv_lens.contiguous(),
-        q_starts.contiguous(),
+        *strided,
+        *(table.contiguous() for table in (req_pool_indices, kv_lens, q_starts)),
         partials,
         maxima,
         sums,
-        *(tensor.stride(0) for tensor in (q, k_new, v_new, k_buffer, v_buffer, req_to_token)),
+        *(tensor.stride(0) for tensor in strided),
         num_rows,
         num_heads,
         qk_dim,

@@ -100,4 +100,4 @@ async def test_an_ordinary_request_beside_a_query_keeps_its_own_input_logprobs(s
 async def test_wrong_candidates_are_refused(stack: Stack, model_name: str, fields: dict[str, Any], field: str) -> None:
     response = await ask(stack, model_name, **fields)
     assert response.status_code == 400
-    assert field in response.json()["error"]["message"]
+    assert response.json()["error"]["param"] == field

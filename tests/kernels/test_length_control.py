@@ -356,7 +356,7 @@ def wanted_means(logprobs: torch.Tensor, values: torch.Tensor, eos_mask: torch.T
 
 
 MEAN_CASES = [
-    (*value_batch(*shape), wanted_means(*value_batch(*shape), share)) for shape in MEAN_GRID for share in SHARES
+    (*value_batch(*shape), wanted_means(*value_batch(*shape), share)) for shape in MEAN_GRID for share in SHARES[1::2]
 ]
 
 

@@ -107,7 +107,8 @@ async def test_refusal_of_the_engine_is_400_with_its_text(engine, gateway):
     engine.answer = lambda body: json_response({"error": {"message": message}}, 400)
     response = await gateway.post(PATH, {"model": MODEL, "input": "x", "candidates": [99999]})
     assert response.status_code == 400
-    assert response.json()["error"]["message"] == message
+    error = response.json()["error"]
+    assert (error["param"], error["message"]) == ("candidates", message)
 
 
 async def test_key_limit_and_engine_faults_hold_here_too(engine):
