@@ -88,21 +88,24 @@ def steer_rows(
     Returns bool [rows]: the rows rewritten, which are the guided ones whose candidates needed scoring.
     """
     rows = control.rows
-    guided_logits = logits[rows].float()  # [G, vocab]
-    temperatures = sampling.temperatures.view(-1)[rows]
     candidates = select_candidates(
-        guided_logits,
-        temperatures,
+        logits if all(control.guided) else logits[rows],  # [G, vocab]
+        sampling.temperatures.view(-1)[rows],
         sampling.top_ks[rows],
         sampling.top_ps[rows],
         sampling.min_ps[rows],
         eos_token_ids,
         MAX_CANDIDATES,
     )
-    scored = guided.needs_scoring(candidates)
-    scatter_candidates(guided_logits, candidates.ids, reweigh(candidates), temperatures, scored)
-    logits[rows] = guided_logits.to(logits.dtype)
-    return torch.zeros_like(control.mode, dtype=torch.bool).index_copy(0, rows, scored)
+    steered = reweigh(candidates)
+
+    def spread(part: Tensor, other: float) -> Tensor:
+        """[G, ...] of the guided rows -> [rows, ...] with ``other`` in the rest."""
+        return part.new_full((len(logits), *part.shape[1:]), other).index_copy(0, rows, part)
+
+    scored = spread(guided.needs_scoring(candidates), False)
+    scatter_candidates(logits, spread(candidates.ids, 0), spread(steered, -torch.inf), sampling.temperatures, scored)
+    return scored
 
 
 def released(sampling: Any, steered: Tensor) -> Any:
