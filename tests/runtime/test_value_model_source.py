@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor
 
 from lenvm_kernels.checkpoint import load_value_head
@@ -63,6 +65,18 @@ def test_a_path_is_itself_and_another_name_is_no_folder(tmp_path: Path) -> None:
     assert find_folder(str(tmp_path)) == tmp_path
     with pytest.raises(CheckpointError, match="no such folder"):
         find_kind(find_folder("not/a/hub/name"))
+
+
+def test_a_hub_name_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(name: str) -> str:
+        if name != "owner/lenvm":
+            raise LocalEntryNotFoundError(f"{name} is not there\nand more")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert find_folder("owner/lenvm") == tmp_path
+    with pytest.raises(CheckpointError, match=r"owner/other: .* \(owner/other is not there\)$"):
+        find_folder("owner/other")
 
 
 def test_the_base_of_an_adapter(tmp_path: Path) -> None:
