@@ -21,6 +21,9 @@ from lenvm_kernels.checkpoint_files import (
 FAMILY_GAMMAS = {"qwen2": 0.997, "qwen3": 0.9998}
 """Gamma of published checkpoints, which do not store it, by the backbone's ``model_type``."""
 
+VALUE_SPACE = "discounted_return"
+"""What a value head must predict, where ``lenvm_config.json`` says it (``target.space``)."""
+
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -44,15 +47,16 @@ class ValueModelSource:
     def find_backbone(self, served_model: str, served_name: str) -> str:
         """Path or hub name of the backbone's weights.
 
-        That of an adapter is the ``base_model_name_or_path`` of its configuration; a bare name equal to
-        ``served_name`` is the served model itself.
+        That of an adapter is ``base_model`` of its ``lenvm_config.json``, else ``base_model_name_or_path`` of its
+        own configuration; ``served_name`` stands for the served model itself.
         """
         if self.adapter is None:
             return str(self.folder)
-        base = str(_read_json(self.adapter / ADAPTER_CONFIG_FILE).get("base_model_name_or_path") or "")
-        if not base:
+        own = _read_json(self.adapter / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
+        base = _read_json(self.adapter / CONFIG_FILE).get("base_model") or own
+        if not isinstance(base, str) or not base:
             raise CheckpointError(f"{self.adapter / ADAPTER_CONFIG_FILE}: base_model_name_or_path is missing")
-        return served_model if base in (served_model, served_name) else base
+        return served_model if base == served_name else base
 
 
 def find_folder(name: str) -> Path:
@@ -101,7 +105,11 @@ def check_vocabulary(lenvm: Mapping[str, int], served: Mapping[str, int], num_em
 def _read_gamma(folder: Path) -> float:
     path = folder / CONFIG_FILE
     if path.is_file():
-        gamma = _read_json(path).get("gamma")
+        config = _read_json(path)
+        space = config.get("target", {}).get("space", VALUE_SPACE)
+        if space != VALUE_SPACE:
+            raise CheckpointError(f"{path}: predicts {space}; only {VALUE_SPACE} can be served")
+        gamma = config.get("gamma")
         if isinstance(gamma, bool) or not isinstance(gamma, int | float) or not 0 < gamma < 1:
             raise CheckpointError(f"{path}: gamma must be a number between 0 and 1, got {gamma!r}")
         return float(gamma)

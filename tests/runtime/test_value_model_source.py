@@ -91,6 +91,15 @@ def test_the_base_of_an_adapter(tmp_path: Path) -> None:
     path.write_text(json.dumps({**fields, "base_model_name_or_path": None}))
     with pytest.raises(CheckpointError, match="base_model_name_or_path"):
         source.find_backbone("/served", "name")
+    (tmp_path / "adapter" / CONFIG_FILE).write_text(json.dumps({"gamma": 0.9, "base_model": "owner/base"}))
+    assert source.find_backbone("/served", "name") == "owner/base"
+
+
+def test_values_of_another_kind_are_refused(tmp_path: Path) -> None:
+    save_lenvm(tmp_path, "qwen2")
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({"gamma": 0.9, "target": {"space": "log_length"}}))
+    with pytest.raises(CheckpointError, match="predicts log_length"):
+        read_source(tmp_path)
 
 
 def test_vocabularies() -> None:
