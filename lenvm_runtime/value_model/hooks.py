@@ -66,9 +66,5 @@ class ValueModelHooks:
             write_input_values(runner.values, states, output.logits_output, forward_batch, queries)
 
     def _prepare_sampling(self, _runner: Any, _logits_output: Any, forward_batch: Any) -> None:
-        from lenvm_runtime.value_model.step import ValueStep
-
         values: Tensor | None = getattr(forward_batch, "lenvm_values", None)
-        sampling = forward_batch.sampling_info
-        control, queries = (getattr(sampling, name, None) for name in ("lenvm_control", "lenvm_queries"))
-        sampling.lenvm_step = ValueStep(self._guide, control, queries, forward_batch, values)
+        forward_batch.sampling_info.lenvm_step = self._guide.begin_step(forward_batch, values)

@@ -42,6 +42,12 @@ class ValueGuide:
         self.bin_lengths = bin_lengths(NUM_BINS, max_length).to(device)
         self._table = build_value_table(self.bin_lengths, self.gamma)
 
+    def begin_step(self, forward_batch: Any, state_values: Tensor | None) -> ValueStep:
+        """What the sampler does with the batch of this step; ``state_values`` as in `ValueStep`."""
+        sampling = forward_batch.sampling_info
+        control, queries = (getattr(sampling, name, None) for name in ("lenvm_control", "lenvm_queries"))
+        return ValueStep(self, control, queries, forward_batch, state_values)
+
     def distribution(self, values: Tensor) -> Tensor:
         """Log-probabilities of the remaining length over the bins: [...] -> [..., NUM_BINS]."""
         return distribution_from_value(values, self._table)
