@@ -26,6 +26,7 @@ class LenVMSampler(Sampler):
         """Steer, then sample as SGLang does. ``positions`` [rows]: index of each row's last token."""
         step: Step | None = getattr(sampling_info, "lenvm_step", None)
         if step is not None:
+            sampling_info.lenvm_step = None  # it holds the batch, which holds this
             sampling_info = step.steer(logits_output, sampling_info, positions)
         return super().forward(
             logits_output, sampling_info, return_logprob, top_logprobs_nums, token_ids_logprobs, positions
