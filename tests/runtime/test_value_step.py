@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from host_reads import HostReads, count_host_reads
-from lenvm_kernels.candidates import Candidates
-from lenvm_runtime.control_batch import ControlBatch
+from lenvm_kernels.candidates import TOP_K_ALL, Candidates, select_candidates
+from lenvm_runtime.control_batch import MAX_CANDIDATES, ControlBatch
 from lenvm_runtime.length_control import LengthControl
 from lenvm_runtime.value_model.packing import pack_step, read_candidates
 from lenvm_runtime.value_model.step import scored_candidates
@@ -72,6 +72,22 @@ def test_only_candidates_that_can_matter_are_scored() -> None:
     guided = batch.guided_rows(torch.tensor([case[2] for case in cases]), torch.ones(len(cases)))
     candidates = make_candidates([case[1] for case in cases])
     assert scored_candidates(candidates, guided).tolist() == [case[3] for case in cases]
+
+
+def test_the_hosts_bound_holds_every_scored_candidate() -> None:
+    """On an accelerator the rows of a step are as many as the requests' top-k allow, whatever is scored."""
+    top_ks = [1, 5, 31, 32, 50, TOP_K_ALL] * 4
+    control = ControlBatch.build([LengthControl("tilt", beta=1.0)] * len(top_ks), [0] * len(top_ks), top_ks, "cpu")
+    assert control is not None
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(len(top_ks), 200, generator=generator)
+    logits[:, EOS] += 3  # among the likeliest
+    ones = torch.ones(len(top_ks))
+    filters = torch.tensor(top_ks), torch.rand(len(top_ks), generator=generator) / 2 + 0.5, 0 * ones
+    candidates = select_candidates(logits, ones, *filters, torch.tensor([EOS]), MAX_CANDIDATES)
+    scored = scored_candidates(candidates, control.guided_rows(ones, ones))
+    assert (scored.sum(1) <= torch.tensor(control.max_candidates)).all()
+    assert control.max_candidates[:6] == [32, 5, 31, 32, 32, 32]
 
 
 def test_a_decode_step_reads_nothing_on_the_host() -> None:
