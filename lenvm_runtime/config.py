@@ -13,7 +13,7 @@ CPU_ATTENTION_BACKEND = "lenvm_cpu"
 class PluginConfig:
     """What the plugin does in this process.
 
-    * ``head`` (``LENVM_HEAD``): folder of a LenVM head, or None: serve without values or control.
+    * ``head`` (``LENVM_HEAD``): folder of a LenVM of any kind, or None: serve without values or control.
     """
 
     head: Path | None

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lenvm_kernels.candidates import release_filters, scatter_candidates, select_candidates
+from lenvm_kernels.candidates import Candidates
 from lenvm_kernels.checkpoint import Head
 from lenvm_kernels.heads import join_features
 from lenvm_kernels.length_distribution import expected_length, quantile_length
 from lenvm_kernels.length_value import expected_value
 from lenvm_runtime.control_batch import ControlBatch
+from lenvm_runtime.steering import ScaledTargets, steer_rows
 
-MAX_CANDIDATES = 32
-MAX_REQUEST_SLOTS = 65536
 INTERVAL = (0.1, 0.9)
 
 
 class HeadRunner:
-    """Holds a loaded head on the model's device. One a process; no state of any request but scaled targets.
-
-    ``scaled_targets`` is indexed by SGLang's request slot and written on the forward stream only, so
-    overlap scheduling cannot reorder it against batch filtering.
-    """
+    """Holds a loaded head on the model's device. One a process; no state of any request but scaled targets."""
 
     def __init__(
         self,
@@ -42,7 +36,7 @@ class HeadRunner:
         with torch.inference_mode():
             self.token_table = gather_vocabulary(self.candidate_head.build_token_table(embeddings))  # [vocab, rank]
         self.eos_token_ids = torch.tensor(head.config.eos_token_ids, dtype=torch.int64, device=device)
-        self.scaled_targets = torch.ones(MAX_REQUEST_SLOTS, device=device)
+        self.scaled_targets = ScaledTargets(device)
         self._layer_states: dict[int, Tensor] = {}
         for index, layer in enumerate(layers):
             layer.register_forward_hook(self._capture(index))
@@ -85,8 +79,7 @@ class HeadRunner:
         """Rows just prefilled: target = generated + factor * predicted remaining length, per request slot."""
         logprobs = self.candidate_head.state_logprobs(features)
         expected = expected_length(logprobs, self.candidate_head.bin_lengths)
-        targets = (generated + control.factor * expected).clamp_min(1.0)
-        self.scaled_targets[slots] = torch.where(prefilled, targets, self.scaled_targets[slots])
+        self.scaled_targets.update(control, slots, generated, expected, prefilled)
 
     def steer(
         self, logits: Tensor, features: Tensor, control: ControlBatch, slots: Tensor, generated: Tensor, sampling: Any
@@ -96,33 +89,12 @@ class HeadRunner:
         ``generated`` [rows]: tokens of the answer so far. ``sampling``: SGLang's SamplingBatchInfo.
         Returns bool [rows]: the rows rewritten, which are the guided ones whose candidates needed scoring.
         """
-        rows = control.rows
-        guided_logits = logits[rows].float()  # [guided, vocab]
-        temperatures = sampling.temperatures.view(-1)[rows]
-        candidates = select_candidates(
-            guided_logits,
-            temperatures,
-            sampling.top_ks[rows],
-            sampling.top_ps[rows],
-            sampling.min_ps[rows],
-            self.eos_token_ids,
-            MAX_CANDIDATES,
-        )
-        bin_logprobs = self.candidate_head.candidate_logprobs(features[rows], self.token_table[candidates.ids])
-        lengths, gamma = self.candidate_head.bin_lengths, self.config.gamma
-        guided = control.guided_rows(generated, self.scaled_targets[slots])
-        values = expected_value(bin_logprobs, lengths, gamma)
-        steered = guided.steer(candidates, values, bin_logprobs, lengths, gamma)
-        scored = guided.needs_scoring(candidates)
-        scatter_candidates(guided_logits, candidates.ids, steered, temperatures, scored)
-        logits[rows] = guided_logits.to(logits.dtype)
-        return torch.zeros_like(control.greedy).index_copy(0, rows, scored)
+        guided = control.guided_rows(generated, self.scaled_targets.read(slots))
 
+        def reweigh(candidates: Candidates) -> Tensor:
+            token_rows = self.token_table[candidates.ids]
+            bin_logprobs = self.candidate_head.candidate_logprobs(features[control.rows], token_rows)
+            lengths, gamma = self.candidate_head.bin_lengths, self.config.gamma
+            return guided.steer(candidates, expected_value(bin_logprobs, lengths, gamma), bin_logprobs, lengths, gamma)
 
-def released(sampling: Any, steered: Tensor) -> Any:
-    """A copy of SGLang's SamplingBatchInfo whose filters leave ``steered`` rows alone (bool [rows]).
-
-    Their filters were applied before steering.
-    """
-    top_ks, top_ps, min_ps = release_filters(sampling.top_ks, sampling.top_ps, sampling.min_ps, steered)
-    return dataclasses.replace(sampling, top_ks=top_ks, top_ps=top_ps, min_ps=min_ps)
+        return steer_rows(logits, control, guided, sampling, self.eos_token_ids, reweigh)

@@ -8,7 +8,7 @@ boundary is the value of the one sampled token instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from lenvm_runtime import compat
-from lenvm_runtime.head_runner import HeadRunner
 from lenvm_runtime.length_control import ValueQuery
 
 
@@ -39,25 +38,26 @@ class QueryBatch:
         """This batch followed by ``other``."""
         return QueryBatch(self.queries + other.queries)
 
+    def candidate_ids(self, device: Any) -> tuple[Tensor, Tensor]:
+        """The asked-for next tokens [rows, most of a row] int64, padded with 0, and which are no padding, bool."""
+        ids = [query.candidate_ids if query else () for query in self.queries]
+        width = max(map(len, ids), default=0)
+        padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids], dtype=torch.int64, device=device)
+        lens = torch.tensor([len(row) for row in ids], device=device)
+        return padded, torch.arange(width, device=device) < lens.unsqueeze(1)
+
 
 def write_input_values(
-    runner: HeadRunner, result: Any, hidden_states: Tensor, metadata: Any, batch: QueryBatch
+    values: Callable[[Tensor], Tensor], hidden_states: Tensor, result: Any, metadata: Any, batch: QueryBatch
 ) -> None:
-    """Put V of each prompt token of querying rows in place of its input logprob. hidden_states: [tokens, d]."""
+    """Put V of each prompt token of querying rows in place of its input logprob.
+
+    hidden_states [tokens, d] of the model whose value head is ``values``: [rows, d] -> [rows].
+    """
     wanted = [bool(query) for query in batch.queries]
     tokens, places = compat.input_logprob_rows(metadata, wanted)
     if not tokens:
         return
     device = hidden_states.device
-    values = runner.values(hidden_states[torch.tensor(tokens, device=device)])
-    result.input_token_logprobs[torch.tensor(places, device=device)] = values
-
-
-def candidate_values(runner: HeadRunner, features: Tensor, batch: QueryBatch) -> Tensor | None:
-    """V after each asked-for next token: [rows, most candidates of a row], padded; None when no row asks."""
-    ids = [query.candidate_ids if query else () for query in batch.queries]
-    width = max(map(len, ids), default=0)
-    if width == 0:
-        return None
-    padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids], device=features.device)
-    return runner.candidate_values(features, padded)
+    written = values(hidden_states[torch.tensor(tokens, device=device)])
+    result.input_token_logprobs[torch.tensor(places, device=device)] = written

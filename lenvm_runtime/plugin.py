@@ -6,10 +6,15 @@ plugin that raises, so ``load`` ends the process instead: no engine serves witho
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from lenvm_kernels.checkpoint import read_config
+from lenvm_kernels.checkpoint_files import LenVMKind, find_kind
+from lenvm_kernels.length_value import length_from_value
 from lenvm_runtime import compat
 from lenvm_runtime.config import PluginConfig
+from lenvm_runtime.value_model.source import read_source
 
 
 def load() -> None:
@@ -24,12 +29,26 @@ def _load(config: PluginConfig) -> None:
     compat.check_version()
     _register_cpu_engine()
     if config.head is not None:
-        from lenvm_runtime import engine_hooks, response_hooks
-
-        engine_hooks.register(config.head)
-        response_hooks.register(config.head)
+        _register_lenvm(config.head)
     for backend in compat.STOCK_SAMPLING_BACKENDS:
         compat.register_sampler(backend, _create_sampler)
+
+
+def _register_lenvm(folder: Path) -> None:
+    """Register the hooks for the kind of LenVM in ``folder``."""
+    from lenvm_runtime import engine_hooks, response_hooks
+
+    if find_kind(folder) is LenVMKind.HEAD:
+        head = read_config(folder)
+        engine_hooks.register(folder)
+        response_hooks.register(head.gamma, head.max_length)
+        return
+    from lenvm_runtime.value_model.hooks import ValueModelHooks
+
+    source = read_source(folder)
+    max_length = int(length_from_value(-1.0, source.gamma))
+    ValueModelHooks(source, max_length).register()
+    response_hooks.register(source.gamma, max_length)
 
 
 def _register_cpu_engine() -> None:

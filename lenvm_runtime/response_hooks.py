@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncGenerator, Callable
-from pathlib import Path
 from typing import Any
 
 import orjson
 from fastapi.responses import ORJSONResponse
 
-from lenvm_kernels.checkpoint import read_config
-from lenvm_kernels.heads import HeadConfig
 from lenvm_runtime import compat
 from lenvm_runtime.length_control import LengthControl, LengthControlError, ValueQuery
 from lenvm_runtime.response import CANDIDATES_KEY, VALUE_KEY, ResponseBuilder, describe_input
@@ -27,12 +24,11 @@ _CHOICE = re.compile(r'"choices":\[\{"index":(\d+),')
 _FINISHING = '"finish_reason":"'
 
 
-def register(head: Path) -> None:
-    """Hook the chat and completion handlers; gamma comes from the head's configuration."""
-    config = read_config(head)
+def register(gamma: float, max_length: int) -> None:
+    """Hook the chat and completion handlers; ``gamma`` is the LenVM's, ``max_length`` bounds ``remaining``."""
 
     def new_builder(custom_params: Any) -> ResponseBuilder:
-        return ResponseBuilder(custom_params, config.gamma, config.max_length)
+        return ResponseBuilder(custom_params, gamma, max_length)
 
     def stream(
         original: Callable[..., AsyncGenerator[str, None]], handler: Any, adapted: Any, request: Any, *args: Any
@@ -56,12 +52,12 @@ def register(head: Path) -> None:
     ) -> AsyncGenerator[Any, None]:
         params = getattr(obj, "sampling_params", None)
         _check_controls(params)
-        queries = _read_queries(params, config.vocab_size)
+        queries = _read_queries(params, compat.vocab_size(manager))
         if queries:
             if hasattr(obj, _BUILDER):
                 raise LengthControlError("custom_params.lenvm.input_values", "is taken by /generate only")
             obj.return_logprob, obj.logprob_start_len = True, 0
-            return _answer_queries(original(manager, obj, *args), queries, config)
+            return _answer_queries(original(manager, obj, *args), queries, gamma, max_length)
         events = original(manager, obj, *args)
         builder = getattr(obj, _BUILDER, None)
         return events if builder is None else _observe_events(events, builder)
@@ -98,14 +94,14 @@ def _read_queries(sampling_params: Any, vocab_size: int) -> list[ValueQuery]:
 
 
 async def _answer_queries(
-    events: AsyncGenerator[Any, None], queries: list[ValueQuery], config: HeadConfig
+    events: AsyncGenerator[Any, None], queries: list[ValueQuery], gamma: float, max_length: int
 ) -> AsyncGenerator[Any, None]:
     async for event in events:
         answers = event if isinstance(event, list) else [event]
         each = queries if len(queries) == len(answers) else queries * len(answers)
         for answer, query in zip(answers, each, strict=True):
             meta_info = answer["meta_info"]
-            answer["lenvm"] = describe_input(meta_info, query.candidate_ids, config.gamma, config.max_length)
+            answer["lenvm"] = describe_input(meta_info, query.candidate_ids, gamma, max_length)
             for key in ("input_token_logprobs", "output_token_logprobs", VALUE_KEY, CANDIDATES_KEY):
                 meta_info.pop(key, None)
         yield event

@@ -7,8 +7,7 @@ from typing import Any
 from sglang.srt.layers.sampler import Sampler
 from torch import Tensor
 
-from lenvm_runtime.engine_hooks import StepContext
-from lenvm_runtime.head_runner import released
+from lenvm_runtime.steering import Step
 
 
 class LenVMSampler(Sampler):
@@ -24,13 +23,10 @@ class LenVMSampler(Sampler):
         positions: Tensor,
     ) -> Any:
         """Steer, then sample as SGLang does. ``positions`` [rows]: index of each row's last token."""
-        step: StepContext | None = getattr(sampling_info, "lenvm_step", None)
+        step: Step | None = getattr(sampling_info, "lenvm_step", None)
         if step is not None:
-            generated = positions + 1 - step.control.prompt_len
-            steered = step.runner.steer(
-                logits_output.next_token_logits, step.features, step.control, step.slots, generated, sampling_info
-            )
-            sampling_info = released(sampling_info, steered)
+            sampling_info.lenvm_step = None  # it holds the batch, which holds this
+            sampling_info = step.steer(logits_output, sampling_info, positions)
         return super().forward(
             logits_output, sampling_info, return_logprob, top_logprobs_nums, token_ids_logprobs, positions
         )

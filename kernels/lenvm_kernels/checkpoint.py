@@ -16,16 +16,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lenvm_kernels.checkpoint_files import CANDIDATE_FILE, CONFIG_FILE, VALUE_FILE, CheckpointError
 from lenvm_kernels.heads import CandidateHead, HeadConfig, ValueHead
 
-CONFIG_FILE = "lenvm_config.json"
-VALUE_FILE = "value_head.safetensors"
-CANDIDATE_FILE = "candidate_head.safetensors"
 VALUE_PREFIX = "v_head."
-
-
-class CheckpointError(ValueError):
-    """A head folder that cannot be used; the message names the file and what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +46,29 @@ def read_config(folder: Path) -> HeadConfig:
 def load_head(folder: Path) -> Head:
     """Load a head folder. Raises CheckpointError naming the file."""
     config = read_config(folder)
-    value_head, candidate_head = ValueHead(config.hidden_size), CandidateHead(config)
-    _load(value_head, folder / VALUE_FILE, VALUE_PREFIX)
+    candidate_head = CandidateHead(config)
     _load(candidate_head, folder / CANDIDATE_FILE, "")
-    return Head(config, value_head.eval().requires_grad_(False), candidate_head.eval().requires_grad_(False))
+    value_head = load_value_head(folder, config.hidden_size)
+    return Head(config, value_head, candidate_head.eval().requires_grad_(False))
+
+
+def load_value_head(folder: Path, hidden_size: int) -> ValueHead:
+    """Load the value head of any kind of LenVM for states of ``hidden_size``. Raises CheckpointError."""
+    head = ValueHead(hidden_size)
+    _load(head, folder / VALUE_FILE, VALUE_PREFIX)
+    return head.eval().requires_grad_(False)
+
+
+def save_value_head(head: ValueHead, folder: Path) -> None:
+    """Write ``value_head.safetensors`` in the published format."""
+    state = {VALUE_PREFIX + name: tensor.contiguous() for name, tensor in head.state_dict().items()}
+    save_file(state, folder / VALUE_FILE)
 
 
 def save_head(head: Head, folder: Path) -> None:
     """Write a head folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    value_state = {VALUE_PREFIX + name: tensor.contiguous() for name, tensor in head.value_head.state_dict().items()}
-    save_file(value_state, folder / VALUE_FILE)
+    save_value_head(head.value_head, folder)
     save_file({n: t.contiguous() for n, t in head.candidate_head.state_dict().items()}, folder / CANDIDATE_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(head.config), indent=2) + "\n")
 

@@ -24,7 +24,7 @@ CHOICES = (
 
 
 def build(rows: list[tuple[LengthControl | None, int]]) -> ControlBatch | None:
-    return ControlBatch.build([c for c, _ in rows], [p for _, p in rows], [p % 2 == 0 for _, p in rows], "cpu")
+    return ControlBatch.build([c for c, _ in rows], [p for _, p in rows], [p for _, p in rows], "cpu")
 
 
 def assert_equal(batch: ControlBatch | None, rows: list[tuple[LengthControl | None, int]]) -> None:
@@ -34,9 +34,10 @@ def assert_equal(batch: ControlBatch | None, rows: list[tuple[LengthControl | No
         return
     assert batch.guided == expected.guided
     assert batch.mean == expected.mean
+    assert batch.max_candidates == expected.max_candidates
     guided = expected.rows
     assert torch.equal(batch.rows, guided)
-    for name in ("mode", "strategy", "target", "factor", "beta", "entropy_threshold", "prompt_len", "greedy"):
+    for name in ("mode", "strategy", "target", "factor", "beta", "entropy_threshold", "prompt_len"):
         assert torch.equal(getattr(batch, name)[guided], getattr(expected, name)[guided]), name
     assert torch.equal(batch.mode, expected.mode)
 

@@ -43,7 +43,7 @@ def make_step(num_rows: int, vocab: int = 50) -> tuple[Candidates, torch.Tensor]
 
 
 def guided_rows(controls: list[LengthControl]) -> GuidedRows:
-    batch = ControlBatch.build(controls, [5] * len(controls), [False] * len(controls), "cpu")
+    batch = ControlBatch.build(controls, [5] * len(controls), [50] * len(controls), "cpu")
     assert batch is not None
     return batch.guided_rows(torch.full((len(controls),), GENERATED), torch.ones(len(controls)))
 
