@@ -12,7 +12,9 @@ natural   p'(x) ~ p(x) * psi(x) ** strength,  psi(x) = sum_m P(m | x) * K(t + 1 
           final length is worth. With strength 1 this is the Doob h-transform of the model's own sampling:
           were P exact, answers would follow p(answer) * K(length), the least-KL way to that preference,
           so EOS gets chance only where the model itself ends. A head that knows less than P asks for more
-          strength: its psi differs too little between candidates. AT_LEAST also forbids EOS while t + 1 < target.
+          strength: its psi differs too little between candidates, and less patience at the target, where psi(EOS)
+          stands out: EQUAL forbids an EOS of p < ``equal_min_eos``, which would cut a sentence. AT_LEAST forbids
+          EOS while t + 1 < target. The last candidate is never forbidden.
 hard      one-hot at  EQUAL: argmin |length(v(x)) - max(target - t - 1, 0)|;  AT_LEAST: argmin v(x) while
           t + 1 < target;  AT_MOST: argmax v(x).  (Length Value Model, arXiv 2604.27039; first wins ties)
 tilt      p'(x) ~ p(x) * exp(beta * v(x)): beta > 0 shortens, beta < 0 lengthens; either strategy
@@ -59,7 +61,8 @@ class Strategy(IntEnum):
 class PreferenceKernel:
     """Slopes of K, in nats per relative deviation from the target (>= 0): 20 is 1 nat for 5% off.
 
-    Strengths (> 0): of EQUAL, and of the bounds AT_LEAST and AT_MOST.
+    Strengths (> 0): of EQUAL, and of the bounds AT_LEAST and AT_MOST. ``equal_min_eos``: the least chance, from
+    0 to below 1, that the model itself must give EOS for EQUAL to end there.
     """
 
     equal_short: float = 24.0
@@ -68,6 +71,7 @@ class PreferenceKernel:
     at_most_long: float = 20.0
     equal_strength: float = 5.0
     bound_strength: float = 3.0
+    equal_min_eos: float = 0.01
 
 
 DEFAULT_KERNEL = PreferenceKernel()

@@ -30,7 +30,9 @@ def steer_candidates(
     end_length = (num_generated + 1).float().unsqueeze(-1)  # [B, 1]: the length if x is the last token
     unmet = (mode == Mode.AT_LEAST) & (end_length < target)
 
-    logprobs = _forbid_eos(candidate_logprobs, eos_mask, unmet)  # [B, C]
+    natural_equal = (mode == Mode.EQUAL) & (strategy == Strategy.NATURAL)
+    cutting = natural_equal & (candidate_logprobs.exp() < kernel.equal_min_eos)
+    logprobs = _forbid_eos(candidate_logprobs, eos_mask, unmet | cutting)  # [B, C]
     log_psi = _log_psi(bin_logprobs, eos_mask, bin_lengths, end_length, mode, target, kernel)
     values = candidate_values.masked_fill(eos_mask, 0.0)  # [B, C]
 
@@ -73,10 +75,10 @@ def _value_range(logprobs: torch.Tensor, values: torch.Tensor) -> tuple[torch.Te
     return lowest, torch.where(candidate, values, -torch.inf).amax(-1, keepdim=True)
 
 
-def _forbid_eos(logprobs: torch.Tensor, eos_mask: torch.Tensor, unmet: torch.Tensor) -> torch.Tensor:
-    """Drop the EOS candidates of rows still too short, where any other candidate is left. [B, C]"""
+def _forbid_eos(logprobs: torch.Tensor, eos_mask: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
+    """Drop the forbidden EOS candidates ([B, C] or [B, 1]) of rows where any other candidate is left. [B, C]"""
     others_left = ((logprobs > -torch.inf) & ~eos_mask).any(-1, keepdim=True)
-    return logprobs.masked_fill(eos_mask & unmet & others_left, -torch.inf)
+    return logprobs.masked_fill(eos_mask & forbidden & others_left, -torch.inf)
 
 
 def _log_psi(

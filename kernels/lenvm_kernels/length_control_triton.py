@@ -66,6 +66,7 @@ def steer_candidates(
         kernel.at_most_long,
         kernel.equal_strength,
         kernel.bound_strength,
+        kernel.equal_min_eos,
         BLOCK_C=triton.next_power_of_2(num_candidates),
         BLOCK_M=triton.next_power_of_2(num_bins),
     )
@@ -117,6 +118,7 @@ def _steer_row(  # type: ignore[no-untyped-def]
     at_most_long,
     equal_strength,
     bound_strength,
+    equal_min_eos,
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -143,7 +145,8 @@ def _steer_row(  # type: ignore[no-untyped-def]
 
     unmet = (mode == _AT_LEAST) & (end_length < target)
     others_left = tl.max(((given > float("-inf")) & (is_eos == 0)).to(tl.int32), axis=0) > 0
-    logprobs = tl.where(is_eos & unmet & others_left, float("-inf"), given)
+    cutting = (mode == _EQUAL) & (hard == 0) & (tl.exp(given) < equal_min_eos)  # [C]
+    logprobs = tl.where(is_eos & (unmet | cutting) & others_left, float("-inf"), given)
     candidate = logprobs > float("-inf")
 
     short = tl.where(mode == _EQUAL, equal_short, tl.where(mode == _AT_LEAST, at_least_short, 0.0))

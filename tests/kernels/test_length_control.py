@@ -29,7 +29,13 @@ from lenvm_kernels.length_value import bin_lengths, length_from_value, value_fro
 
 GAMMA = 0.997
 KERNEL = PreferenceKernel(
-    equal_short=15.0, equal_long=25.0, at_least_short=10.0, at_most_long=30.0, equal_strength=1.5, bound_strength=2.5
+    equal_short=15.0,
+    equal_long=25.0,
+    at_least_short=10.0,
+    at_most_long=30.0,
+    equal_strength=1.5,
+    bound_strength=2.5,
+    equal_min_eos=0.02,
 )
 GRID = [(b, c, m) for b in (1, 3, 17) for c in (1, 2, 33) for m in (1, 24)]
 CONTROLS = [(mode, strategy) for mode in Mode for strategy in Strategy]
@@ -134,8 +140,11 @@ def expected_row(batch: Batch, i: int) -> list[float]:
         weights = [given[c] * math.exp(beta * values[c]) for c in columns]
         return [w / sum(weights) for w in weights]
     left = [c for c in columns if given[c] > 0]
-    if mode == Mode.AT_LEAST and any(not eos[c] for c in left):
-        left = [c for c in left if not eos[c]]
+    least_eos = 1.0 if mode == Mode.AT_LEAST else 0.0
+    if mode == Mode.EQUAL and batch.strategy[i] == Strategy.NATURAL:
+        least_eos = KERNEL.equal_min_eos
+    if any(not eos[c] for c in left):
+        left = [c for c in left if not eos[c] or given[c] >= least_eos]
     if batch.strategy[i] == Strategy.HARD:
         remaining = max(target - end, 0)
         costs = {
@@ -246,6 +255,22 @@ def test_at_least_bars_eos_until_the_target_unless_nothing_else_is_left() -> Non
     assert torch.equal(at_target, batch.candidate_logprobs)
 
 
+def test_equal_ends_only_where_the_model_gives_eos_a_chance() -> None:
+    batch = make_batch(3, 3, 24)
+    batch.eos_mask = torch.tensor([[False, False, True]]).expand(3, -1)
+    least = KERNEL.equal_min_eos
+    batch.candidate_logprobs = torch.log(
+        torch.tensor([[0.5, 0.5 - 0.9 * least, 0.9 * least], [0.5, 0.5 - 1.1 * least, 1.1 * least], [0.0, 0.0, 1.0]])
+    )
+    at_target = dict(target=torch.full((3,), 10.0), num_generated=torch.full((3,), 9))
+    natural = with_control(batch, Mode.EQUAL, **at_target).steer().exp()
+    assert natural[0, 2] == 0
+    assert natural[1, 2] > 1.1 * least
+    assert natural[2, 2] == 1
+    hard = with_control(batch, Mode.EQUAL, Strategy.HARD, **at_target).steer().exp()
+    assert (hard[:, 2] == 1).all()
+
+
 def test_eos_ignores_its_bins_and_value() -> None:
     batch = make_batch(17, 33, 24)
     steered = batch.steer()
@@ -304,7 +329,7 @@ class Chain:
             torch.full((rows,), target),
             torch.zeros(rows),
             GAMMA,
-            replace(KERNEL, equal_strength=1.0, bound_strength=1.0),
+            replace(KERNEL, equal_strength=1.0, bound_strength=1.0, equal_min_eos=0.0),
         )
         return steered.double().exp().view_as(self.next_probs)
 
