@@ -7,10 +7,10 @@ import os
 import subprocess
 import sys
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import NoReturn
 
 from lenvm_runtime import default_model, serve
+from lenvm_runtime.value_model.source import find_folder
 
 ADDED_COMMANDS = "lenvm.commands"
 
@@ -54,7 +54,9 @@ def _build_parser(added: list[str]) -> argparse.ArgumentParser:
     command.add_argument("--port", type=int, default=8000)
     command.add_argument("--model", default="", help="model folder or hub name (default: SmolLM2-135M-Instruct)")
     command.add_argument(
-        "--lenvm", default="", help="LenVM head folder (default: the shipped one for the default model)"
+        "--lenvm",
+        default="",
+        help="LenVM by folder or hub name: a head, a checkpoint or an adapter (default: the shipped head)",
     )
     command.add_argument("engine_arguments", nargs="*", help="after --: SGLang's own arguments")
     command.set_defaults(run=_serve)
@@ -72,7 +74,7 @@ def _serve(parsed: argparse.Namespace) -> int:
         host=parsed.host,
         port=parsed.port,
         model=parsed.model or None,
-        head=Path(parsed.lenvm) if parsed.lenvm else None,
+        head=find_folder(parsed.lenvm) if parsed.lenvm else None,
         engine_arguments=tuple(parsed.engine_arguments),
     )
     return serve.serve(config)

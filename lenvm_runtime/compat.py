@@ -7,14 +7,21 @@ missing seam stops the start.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from sglang.srt.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from sglang.srt.layers.sampler import register_sampler_backend
 from sglang.srt.managers.utils import _async_d2h
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.runtime_context import get_context
 from torch import Tensor, nn
 
 from lenvm_kernels.checkpoint_files import CheckpointError
@@ -27,6 +34,12 @@ STOCK_SAMPLING_BACKENDS = ("pytorch", "flashinfer")
 LOGITS_FORWARD = "sglang.srt.layers.logits_processor.LogitsProcessor.forward"
 SAMPLE = "sglang.srt.model_executor.model_runner.ModelRunner.sample"
 LOAD_MODEL = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
+DRAW = "sglang.srt.layers.sampler.sampling_from_probs_torch"
+FORWARD = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
+INIT_TARGET_WORKER = "sglang.srt.managers.scheduler.Scheduler.init_tp_model_worker"
+INIT_MEMORY_POOLS = "sglang.srt.managers.scheduler.Scheduler.init_memory_pools"
+INIT_ATTENTION_BACKENDS = "sglang.srt.managers.scheduler.Scheduler.init_all_attention_backends"
+KV_BYTES_PER_TOKEN = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size"
 COPY_TO_CPU = "sglang.srt.managers.utils.GenerationBatchResult.copy_to_cpu"
 BATCH_BUILD = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.adjusted_from_schedule_batch"
 BATCH_FILTER = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.adjusted_filter_batch"
@@ -41,6 +54,21 @@ COMPLETION_STREAM = (
 COMPLETION_RESPONSE = (
     "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._build_completion_response"
 )
+
+_UNSUPPORTED_WITH_VALUE_MODEL = {
+    "speculative_algorithm": None,
+    "pp_size": 1,
+    "enable_dp_attention": False,
+    "dcp_size": 1,
+    "enable_hierarchical_cache": False,
+    "enable_lmcache": False,
+    "enable_flexkv": False,
+    "prefill_only_disable_kv_cache": False,
+    "disaggregation_mode": "null",
+    "enable_two_batch_overlap": False,
+    "enable_pdmux": False,
+    "dllm_algorithm": None,
+}
 
 _registered: list[str] = []
 
@@ -111,6 +139,25 @@ def sampled_rows(metadata: Any) -> Tensor | None:
     return last
 
 
+def input_logprob_rows(metadata: Any, wanted: list[bool]) -> tuple[list[int], list[int]]:
+    """Where the input logprobs of the ``wanted`` sequences of an extend come from and lie.
+
+    Indices of their tokens among all extended ones, and of their entries in ``input_token_logprobs``, which
+    holds for each sequence those of its tokens from its logprob start on.
+    """
+    tokens: list[int] = []
+    places: list[int] = []
+    first_token = first_place = 0
+    lens = zip(metadata.extend_seq_lens_cpu, metadata.extend_logprob_start_lens_cpu, wanted, strict=True)
+    for extend_len, start, is_wanted in lens:
+        num_places = extend_len - start
+        if is_wanted:
+            tokens += range(first_token + start, first_token + extend_len)
+            places += range(first_place, first_place + num_places)
+        first_token, first_place = first_token + extend_len, first_place + num_places
+    return tokens, places
+
+
 def copy_to_host(tensor: Tensor) -> Tensor:
     """Begin SGLang's own asynchronous copy of a device tensor to pinned host memory."""
     host: Tensor = _async_d2h(tensor)
@@ -128,6 +175,133 @@ def check_head_fits(config: HeadConfig, model_config: Any) -> None:
     num_layers = model_config.num_hidden_layers
     if any(layer >= num_layers for layer in config.feature_layers):
         raise CheckpointError(f"the LenVM head reads layers {config.feature_layers}, the model has {num_layers}")
+
+
+def vocab_size(manager: Any) -> int:
+    """Size of the served model's vocabulary, as the tokenizer manager knows it."""
+    size: int = manager.model_config.vocab_size
+    return size
+
+
+def target_runner(scheduler: Any) -> Any:
+    """The model runner of the served model."""
+    return scheduler.tp_worker.model_runner
+
+
+def random_state_kept(runner: Any) -> AbstractContextManager[None]:
+    """Give torch's random generators of this rank their states back at the end."""
+    context: AbstractContextManager[None] = torch.random.fork_rng([runner.gpu_id] if runner.device == "cuda" else [])
+    return context
+
+
+def eos_token_ids(runner: Any) -> set[int]:
+    """The served model's EOS ids."""
+    ids: set[int] | None = runner.model_config.hf_eos_token_id
+    if not ids:
+        raise CheckpointError("the served model's configuration names no EOS token")
+    return ids
+
+
+def check_value_model_supported(server_args: Any) -> None:
+    """Raise CheckpointError naming an option of SGLang that a separate LenVM does not work with."""
+    for name, neutral in _UNSUPPORTED_WITH_VALUE_MODEL.items():
+        found = getattr(server_args, name)
+        if found != neutral:
+            raise CheckpointError(f"--{name.replace('_', '-')} {found}: does not work with a separate LenVM")
+
+
+def value_server_args(target: Any, backbone: str, context_length: int) -> Any:
+    """A copy of the served model's resolved ServerArgs that describes the value model."""
+    resolved: dict[str, Any] = {}
+    for _source, fields in get_context().overrides_log():
+        resolved.update(fields)
+    server_args = deepcopy(target)
+    own = {
+        "model_path": backbone,
+        "revision": None,
+        "quantization": None,
+        "kv_cache_dtype": "auto",
+        "context_length": context_length,
+        "enable_lora": False,
+    }
+    server_args.override("lenvm.value_model", **{**resolved, **own})
+    return server_args
+
+
+@contextmanager
+def published_server_args(server_args: Any) -> Iterator[None]:
+    """Publish other ServerArgs to the process while a second model is built; the served model's come back after."""
+    with get_context().preserve_config():
+        get_context().set_server_args(server_args)
+        yield
+
+
+def value_model_config(server_args: Any) -> Any:
+    """SGLang's ModelConfig of the value model."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    return ModelConfig(
+        server_args.model_path,
+        trust_remote_code=server_args.trust_remote_code,
+        context_length=server_args.context_length,
+        dtype=server_args.dtype,
+    )
+
+
+def load_vocabulary(model: str) -> dict[str, int]:
+    """Token -> id of a model's tokenizer. Raises CheckpointError when it has none."""
+    from sglang.srt.utils.hf_transformers_utils import get_tokenizer
+
+    try:
+        vocabulary: dict[str, int] = get_tokenizer(model).get_vocab()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model}: no usable tokenizer ({str(error).splitlines()[0]})") from None
+    return vocabulary
+
+
+def register_model_class(model_class: type[nn.Module]) -> None:
+    """Let SGLang's loader find a model class by its name."""
+    from sglang.srt.models.registry import ModelRegistry
+
+    ModelRegistry.models[model_class.__name__] = model_class
+
+
+def check_plain_pool(runner: Any) -> None:
+    """Raise CheckpointError unless the served model keeps one KV slot a token for all of its layers."""
+    pool = runner.token_to_kv_pool
+    if not isinstance(pool, MHATokenToKVPool) or runner.is_hybrid_swa:
+        raise CheckpointError(
+            f"a separate LenVM needs SGLang's plain KV pool, the served model has {type(pool).__name__}"
+        )
+
+
+def build_attention_backend(runner: Any) -> Any:
+    """The attention backend that SGLang itself would build for a model runner."""
+    from sglang.srt.model_executor.model_runner_components.attention_backend_setup import get_attention_backend
+
+    return get_attention_backend(model_runner=runner)
+
+
+def attention(backend: Any) -> AbstractContextManager[None]:
+    """Run a forward of a model with this attention backend and the KV pool that it holds."""
+    context: AbstractContextManager[None] = forward_context(ForwardContext(attn_backend=backend))
+    return context
+
+
+def step_batch(
+    input_ids: Tensor, positions: Tensor, req_pool_indices: Tensor, seq_lens: Tensor, out_cache_loc: Tensor
+) -> Any:
+    """A ForwardBatch for packed rows of a decode step, of which there may be more than requests."""
+    return ForwardBatch(
+        forward_mode=ForwardMode.DECODE,
+        batch_size=len(req_pool_indices),
+        input_ids=input_ids,
+        req_pool_indices=req_pool_indices,
+        seq_lens=seq_lens,
+        out_cache_loc=out_cache_loc,
+        seq_lens_sum=0,
+        positions=positions,
+    )
 
 
 def _register(target: str, hook: Callable[..., Any], kind: HookType) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lenvm_kernels.length_control import Mode, Strategy
+from lenvm_runtime.guidance import GuidedRows
 from lenvm_runtime.length_control import LengthControl
 
 _MODE_CODES = {
@@ -19,38 +20,46 @@ _MODE_CODES = {
     "tilt": Mode.TILT,
     "scale": Mode.EQUAL,
 }
+_MEAN_CODES = {None: Mode.MEAN_TARGET, "length": Mode.MEAN_LENGTH_FACTOR, "value": Mode.MEAN_VALUE_FACTOR}
 _STRATEGY_CODES = {"natural": Strategy.NATURAL, "hard": Strategy.HARD}
-_TENSORS = ("mode", "strategy", "target", "factor", "beta", "prompt_len", "greedy")
+_TENSORS = ("mode", "strategy", "target", "factor", "beta", "entropy_threshold", "prompt_len")
+
+MAX_CANDIDATES = 32
+_GREEDY_TOP_K = 1
 
 
 @dataclass
 class ControlBatch:
     """Controls of a batch of B rows. Invariant: every tensor is [B] and row-aligned with the batch.
 
-    ``guided`` (host) says which rows are under control; ``rows`` (device, int64) lists them and is
-    rebuilt when the batch changes, never within a step. ``factor`` > 0 marks rows whose ``target``
-    is set at the prompt boundary as factor times the predicted length.
+    ``guided`` (host) says which rows are under control, ``mean`` (host) which of them ask for a mean
+    value; ``rows`` (device, int64) lists the guided ones and is rebuilt when the batch changes, never
+    within a step. ``max_candidates`` (host): at most so many candidates a row has beside EOS ids, 0 without
+    control. Rows of mode EQUAL with ``factor`` > 0 have their ``target`` set at the prompt
+    boundary, as factor times the predicted length.
     """
 
     guided: list[bool]
+    mean: list[bool]
+    max_candidates: list[int]
     rows: Tensor
     mode: Tensor
     strategy: Tensor
     target: Tensor
     factor: Tensor
     beta: Tensor
+    entropy_threshold: Tensor
     prompt_len: Tensor
-    greedy: Tensor
 
     @classmethod
     def build(
         cls,
         controls: Sequence[LengthControl | None],
         prompt_lens: Sequence[int],
-        greedy: Sequence[bool],
+        top_ks: Sequence[int],
         device: Any,
     ) -> ControlBatch | None:
-        """The batch of these rows; None when no row is under control."""
+        """The batch of these rows; None when no row is under control. ``top_ks``: SGLang's, 1 for greedy rows."""
         active = [control if control and not control.is_neutral else None for control in controls]
         guided = [control is not None for control in active]
         if not any(guided):
@@ -61,14 +70,16 @@ class ControlBatch:
 
         return cls(
             guided=guided,
+            mean=[control is not None and control.mode == "target_mean" for control in active],
+            max_candidates=[_max_candidates(k) if c else 0 for c, k in zip(active, top_ks, strict=True)],
             rows=_guided_rows(guided, device),
-            mode=tensor([_MODE_CODES[c.mode] if c else Mode.NONE for c in active], torch.int32),
+            mode=tensor([_mode_code(c) if c else Mode.NONE for c in active], torch.int32),
             strategy=tensor([_STRATEGY_CODES[c.strategy] if c else Strategy.NATURAL for c in active], torch.int32),
             target=tensor([float(c.target or 1) if c else 1.0 for c in active], torch.float32),
             factor=tensor([float(c.factor or 0) if c else 0.0 for c in active], torch.float32),
             beta=tensor([float(c.beta or 0) if c else 0.0 for c in active], torch.float32),
+            entropy_threshold=tensor([c.entropy_threshold if c else 0.0 for c in active], torch.float32),
             prompt_len=tensor(list(prompt_lens), torch.int32),
-            greedy=tensor(list(greedy), torch.bool),
         )
 
     @classmethod
@@ -77,14 +88,16 @@ class ControlBatch:
         zeros = torch.zeros(num_rows, device=device)
         return cls(
             guided=[False] * num_rows,
+            mean=[False] * num_rows,
+            max_candidates=[0] * num_rows,
             rows=_guided_rows([], device),
             mode=zeros.int(),
             strategy=zeros.int(),
             target=zeros + 1,
             factor=zeros,
             beta=zeros,
+            entropy_threshold=zeros,
             prompt_len=zeros.int(),
-            greedy=zeros.bool(),
         )
 
     def filter(self, keep_indices: Sequence[int], keep_indices_device: Tensor) -> ControlBatch | None:
@@ -92,14 +105,35 @@ class ControlBatch:
         guided = [self.guided[index] for index in keep_indices]
         if not any(guided):
             return None
-        kept = {name: getattr(self, name)[keep_indices_device] for name in _TENSORS}
+        kept: dict[str, Any] = {name: getattr(self, name)[keep_indices_device] for name in _TENSORS}
+        kept |= {name: [getattr(self, name)[index] for index in keep_indices] for name in ("mean", "max_candidates")}
         return ControlBatch(guided=guided, rows=_guided_rows(guided, self.rows.device), **kept)
 
     def concat(self, other: ControlBatch) -> ControlBatch:
         """This batch followed by ``other``."""
         guided = self.guided + other.guided
-        joined = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in _TENSORS}
+        joined: dict[str, Any] = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in _TENSORS}
+        joined |= {name: getattr(self, name) + getattr(other, name) for name in ("mean", "max_candidates")}
         return ControlBatch(guided=guided, rows=_guided_rows(guided, self.rows.device), **joined)
+
+    def guided_rows(self, generated: Tensor, scaled_targets: Tensor) -> GuidedRows:
+        """The controls of the guided rows alone, for one step.
+
+        ``generated`` [B]: tokens of each answer so far; ``scaled_targets`` [B]: the targets set at the prompt boundary.
+        """
+        rows = self.rows
+        mode, factor = self.mode[rows], self.factor[rows]
+        scaled = (mode == Mode.EQUAL) & (factor > 0)
+        return GuidedRows(
+            mode=mode,
+            strategy=self.strategy[rows],
+            target=torch.where(scaled, scaled_targets[rows], self.target[rows]),
+            factor=factor,
+            beta=self.beta[rows],
+            entropy_threshold=self.entropy_threshold[rows],
+            generated=generated[rows],
+            has_mean=any(self.mean),
+        )
 
 
 def merge(
@@ -109,6 +143,14 @@ def merge(
     if left is None and right is None:
         return None
     return (left or ControlBatch.empty(num_left, device)).concat(right or ControlBatch.empty(num_right, device))
+
+
+def _mode_code(control: LengthControl) -> Mode:
+    return _MEAN_CODES[control.scaling] if control.mode == "target_mean" else _MODE_CODES[control.mode]
+
+
+def _max_candidates(top_k: int) -> int:
+    return MAX_CANDIDATES if top_k <= _GREEDY_TOP_K else min(top_k, MAX_CANDIDATES)
 
 
 def _guided_rows(guided: list[bool], device: Any) -> Tensor:

@@ -18,40 +18,30 @@ from lenvm_kernels.checkpoint import load_head
 from lenvm_runtime import compat, control_batch
 from lenvm_runtime.control_batch import ControlBatch
 from lenvm_runtime.head_runner import HeadRunner
-from lenvm_runtime.length_control import LengthControl
-from lenvm_runtime.response import PREDICTION_KEY, VALUE_KEY
+from lenvm_runtime.input_values import QueryBatch, write_input_values
+from lenvm_runtime.length_control import LengthControl, ValueQuery
+from lenvm_runtime.response import CANDIDATES_KEY, PREDICTION_KEY, VALUE_KEY
+from lenvm_runtime.steering import DeviceRows, just_prefilled, released
 
 _FEATURES_KEY = "lenvm_features"
 _RUNNER = "lenvm_head_runner"
-_GREEDY_TOP_K = 1
 
 
 @dataclass(frozen=True)
-class StepContext:
-    """What the sampler needs to steer one step: all [rows, ...], on the device."""
+class HeadStep:
+    """What the sampler needs to steer one step with a head: all [rows, ...], on the device."""
 
     runner: HeadRunner
     control: ControlBatch
     features: Tensor
     slots: Tensor
 
-
-class DeviceRows:
-    """One Python object a row of a device tensor, converted in one transfer when the first is read."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-        self._rows: list[Any] | None = None
-
-    def __getitem__(self, row: int) -> Any:
-        if self._rows is None:
-            self._rows = self._tensor.tolist()
-        return self._rows[row]
-
-    def start_copy(self) -> None:
-        """Begin an asynchronous copy to pinned host memory; the caller's event says when it is complete."""
-        if self._tensor.is_cuda:
-            self._tensor = compat.copy_to_host(self._tensor)
+    def steer(self, logits_output: Any, sampling: Any, positions: Tensor) -> Any:
+        """See `lenvm_runtime.steering.Step`."""
+        generated = positions + 1 - self.control.prompt_len
+        logits = logits_output.next_token_logits
+        steered = self.runner.steer(logits, self.features, self.control, self.slots, generated, sampling)
+        return released(sampling, steered)
 
 
 def register(head_folder: Path) -> None:
@@ -64,6 +54,11 @@ def register(head_folder: Path) -> None:
     compat.after(compat.LOAD_MODEL, attach)
     compat.after(compat.LOGITS_FORWARD, _run_value_head)
     compat.before(compat.SAMPLE, _prepare_sampling)
+    register_controls()
+
+
+def register_controls() -> None:
+    """Register the hooks that carry the controls of a running batch, and bring each step's values to the host."""
     compat.before(compat.COPY_TO_CPU, _start_copies)
     compat.after(compat.BATCH_BUILD, _build_control)
     compat.after(compat.BATCH_FILTER, _filter_control)
@@ -104,7 +99,20 @@ def _run_value_head(
     info: dict[str, Any] = {VALUE_KEY: runner.values(features), _FEATURES_KEY: features}
     if sampled is not None:
         info[PREDICTION_KEY] = runner.predictions(features)
+        info |= _answer_queries(runner, result, hidden_states, features, metadata)
     result.customized_info = info
+
+
+def _answer_queries(
+    runner: HeadRunner, result: Any, hidden_states: Tensor, features: Tensor, metadata: Any
+) -> dict[str, Tensor]:
+    """What rows with a value query add to the step's values; their prompts' values go into the input logprobs."""
+    queries: QueryBatch | None = getattr(metadata.sampling_info, "lenvm_queries", None)
+    if queries is None or queries.is_empty:
+        return {}
+    write_input_values(runner.values, hidden_states, result, metadata, queries)
+    ids, _ = queries.candidate_ids(features.device)
+    return {CANDIDATES_KEY: runner.candidate_values(features, ids)} if ids.numel() else {}
 
 
 def _prepare_sampling(runner: Any, logits_output: Any, forward_batch: Any) -> None:
@@ -121,10 +129,10 @@ def _prepare_sampling(runner: Any, logits_output: Any, forward_batch: Any) -> No
         return
     head_runner: HeadRunner = getattr(runner, _RUNNER)
     features, slots = info[_FEATURES_KEY][:num_rows], forward_batch.req_pool_indices
-    sampling_info.lenvm_step = StepContext(head_runner, control, features, slots)
+    sampling_info.lenvm_step = HeadStep(head_runner, control, features, slots)
     if forward_batch.forward_mode.is_extend():
         generated = forward_batch.seq_lens - control.prompt_len
-        prefilled = (generated == 0) | (forward_batch.extend_seq_lens > 1)  # not the decode rows of a mixed batch
+        prefilled = just_prefilled(forward_batch, control)
         head_runner.set_scaled_targets(features, control, slots, generated, prefilled)
 
 
@@ -136,15 +144,19 @@ def _start_copies(result: Any, *_: Any, **__: Any) -> None:
 
 def _build_control(_result: None, sampling_info: Any, batch: Any, _vocab_size: int) -> None:
     reqs = batch.reqs
+    sampling_info.lenvm_queries = QueryBatch(
+        tuple(ValueQuery.from_custom_params(req.sampling_params.custom_params) for req in reqs)
+    )
     sampling_info.lenvm_control = ControlBatch.build(
         [LengthControl.from_custom_params(req.sampling_params.custom_params) for req in reqs],
         [len(req.origin_input_ids) for req in reqs],
-        [req.sampling_params.top_k <= _GREEDY_TOP_K for req in reqs],
+        [req.sampling_params.top_k for req in reqs],
         sampling_info.device,
     )
 
 
 def _filter_control(_result: None, sampling_info: Any, keep_indices: list[int], keep_indices_device: Tensor) -> None:
+    sampling_info.lenvm_queries = sampling_info.lenvm_queries.filter(keep_indices)
     control = sampling_info.lenvm_control
     if control is not None:
         sampling_info.lenvm_control = control.filter(keep_indices, keep_indices_device)
@@ -152,6 +164,7 @@ def _filter_control(_result: None, sampling_info: Any, keep_indices: list[int], 
 
 def _merge_control(_result: None, sampling_info: Any, other: Any) -> None:
     num_right = len(other)
+    sampling_info.lenvm_queries = sampling_info.lenvm_queries.concat(other.lenvm_queries)
     sampling_info.lenvm_control = control_batch.merge(
         sampling_info.lenvm_control,
         other.lenvm_control,
@@ -163,3 +176,4 @@ def _merge_control(_result: None, sampling_info: Any, other: Any) -> None:
 
 def _carry_control(copy: Any, sampling_info: Any) -> None:
     copy.lenvm_control = sampling_info.lenvm_control
+    copy.lenvm_queries = sampling_info.lenvm_queries

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lenvm_kernels.candidates import release_filters, scatter_candidates, select_candidates
+from lenvm_kernels.candidates import Candidates
 from lenvm_kernels.checkpoint import Head
 from lenvm_kernels.heads import join_features
-from lenvm_kernels.length_control import DEFAULT_KERNEL, steer_candidates
 from lenvm_kernels.length_distribution import expected_length, quantile_length
+from lenvm_kernels.length_value import expected_value
 from lenvm_runtime.control_batch import ControlBatch
+from lenvm_runtime.steering import ScaledTargets, steer_rows
 
-MAX_CANDIDATES = 32
-MAX_REQUEST_SLOTS = 65536
 INTERVAL = (0.1, 0.9)
 
 
 class HeadRunner:
-    """Holds a loaded head on the model's device. One a process; no state of any request but scaled targets.
-
-    ``scaled_targets`` is indexed by SGLang's request slot and written on the forward stream only, so
-    overlap scheduling cannot reorder it against batch filtering.
-    """
+    """Holds a loaded head on the model's device. One a process; no state of any request but scaled targets."""
 
     def __init__(
         self,
@@ -42,7 +36,7 @@ class HeadRunner:
         with torch.inference_mode():
             self.token_table = gather_vocabulary(self.candidate_head.build_token_table(embeddings))  # [vocab, rank]
         self.eos_token_ids = torch.tensor(head.config.eos_token_ids, dtype=torch.int64, device=device)
-        self.scaled_targets = torch.ones(MAX_REQUEST_SLOTS, device=device)
+        self.scaled_targets = ScaledTargets(device)
         self._layer_states: dict[int, Tensor] = {}
         for index, layer in enumerate(layers):
             layer.register_forward_hook(self._capture(index))
@@ -73,56 +67,34 @@ class HeadRunner:
         low, high = (quantile_length(logprobs, lengths, level) for level in INTERVAL)
         return torch.stack([expected_length(logprobs, lengths), low, high], dim=1)
 
+    def candidate_values(self, features: Tensor, token_ids: Tensor) -> Tensor:
+        """Value after each of the given next tokens, 0 after EOS: [rows, num_features], [rows, K] -> [rows, K] fp32."""
+        logprobs = self.candidate_head.candidate_logprobs(features, self.token_table[token_ids])
+        values = expected_value(logprobs, self.candidate_head.bin_lengths, self.config.gamma)
+        return values.masked_fill((token_ids.unsqueeze(-1) == self.eos_token_ids).any(-1), 0.0)
+
     def set_scaled_targets(
         self, features: Tensor, control: ControlBatch, slots: Tensor, generated: Tensor, prefilled: Tensor
     ) -> None:
         """Rows just prefilled: target = generated + factor * predicted remaining length, per request slot."""
         logprobs = self.candidate_head.state_logprobs(features)
         expected = expected_length(logprobs, self.candidate_head.bin_lengths)
-        targets = (generated + control.factor * expected).clamp_min(1.0)
-        self.scaled_targets[slots] = torch.where(prefilled, targets, self.scaled_targets[slots])
+        self.scaled_targets.update(control, slots, generated, expected, prefilled)
 
     def steer(
         self, logits: Tensor, features: Tensor, control: ControlBatch, slots: Tensor, generated: Tensor, sampling: Any
-    ) -> None:
-        """Rewrite the guided rows of ``logits`` [rows, vocab] in place; the bits of other rows stay.
+    ) -> Tensor:
+        """Rewrite guided rows of ``logits`` [rows, vocab] in place; the bits of other rows stay.
 
         ``generated`` [rows]: tokens of the answer so far. ``sampling``: SGLang's SamplingBatchInfo.
+        Returns bool [rows]: the rows rewritten, which are the guided ones whose candidates needed scoring.
         """
-        rows = control.rows
-        guided_logits = logits[rows].float()  # [guided, vocab]
-        temperatures = sampling.temperatures.view(-1)[rows]
-        candidates = select_candidates(
-            guided_logits,
-            temperatures,
-            sampling.top_ks[rows],
-            sampling.top_ps[rows],
-            sampling.min_ps[rows],
-            self.eos_token_ids,
-            MAX_CANDIDATES,
-        )
-        bin_logprobs = self.candidate_head.candidate_logprobs(features[rows], self.token_table[candidates.ids])
-        scaled = self.scaled_targets[slots[rows]]
-        steered = steer_candidates(
-            candidates.logprobs,
-            bin_logprobs,
-            candidates.eos_mask,
-            self.candidate_head.bin_lengths,
-            generated[rows],
-            control.mode[rows],
-            control.strategy[rows],
-            torch.where(control.factor[rows] > 0, scaled, control.target[rows]),
-            control.beta[rows],
-            self.config.gamma,
-            DEFAULT_KERNEL,
-        )
-        every_row = torch.ones_like(rows, dtype=torch.bool)
-        scatter_candidates(guided_logits, candidates.ids, steered, temperatures, every_row)
-        logits[rows] = guided_logits.to(logits.dtype)
+        guided = control.guided_rows(generated, self.scaled_targets.read(slots))
 
+        def reweigh(candidates: Candidates) -> Tensor:
+            token_rows = self.token_table[candidates.ids]
+            bin_logprobs = self.candidate_head.candidate_logprobs(features[control.rows], token_rows)
+            lengths, gamma = self.candidate_head.bin_lengths, self.config.gamma
+            return guided.steer(candidates, expected_value(bin_logprobs, lengths, gamma), bin_logprobs, lengths, gamma)
 
-def released(sampling: Any, control: ControlBatch) -> Any:
-    """A copy of SGLang's SamplingBatchInfo whose filters leave guided rows alone: they were applied before steering."""
-    guided = control.mode != 0
-    top_ks, top_ps, min_ps = release_filters(sampling.top_ks, sampling.top_ps, sampling.min_ps, guided)
-    return dataclasses.replace(sampling, top_ks=top_ks, top_ps=top_ps, min_ps=min_ps)
+        return steer_rows(logits, control, guided, sampling, self.eos_token_ids, reweigh)

@@ -3,7 +3,8 @@
 The only module that the gateway shares with the engine plugin. Standard library only.
 
 Wire form (SGLang's ``custom_params``, whose values may nest one level): ``{"lenvm": {"values": bool,
-"mode": ..., ...}}``, with the fields of the control beside ``values`` when there is one.
+"mode": ..., ...}}``, with the fields of the control beside ``values`` when there is one. A request for the
+values of its own prompt has ``{"lenvm": {"input_values": true, "candidates": [ids]}}`` (`ValueQuery`).
 """
 
 from __future__ import annotations
@@ -13,20 +14,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MODES = ("equal", "at_least", "at_most", "tilt", "scale")
+MODES = ("equal", "at_least", "at_most", "tilt", "scale", "target_mean")
 STRATEGIES = ("natural", "hard")
+SCALINGS = ("length", "value")
 MAX_TARGET = 1_000_000
 MAX_BETA = 10_000.0
 MAX_FACTOR = 100.0
+MAX_ENTROPY = 20.0
+"""Nats: more than the entropy of any vocabulary."""
 
-_PARAMETER_OF = {
-    "equal": "target",
-    "at_least": "target",
-    "at_most": "target",
-    "tilt": "beta",
-    "scale": "factor",
+_PARAMETERS_OF = {
+    "equal": ("target",),
+    "at_least": ("target",),
+    "at_most": ("target",),
+    "tilt": ("beta",),
+    "scale": ("factor",),
+    "target_mean": ("target", "factor"),
 }
-_FIELDS = ("mode", "target", "beta", "factor", "strategy")
+_TILTS = ("tilt", "target_mean")
+_FIELDS = ("mode", "target", "beta", "factor", "scaling", "strategy", "entropy_threshold")
 
 
 class LengthControlError(ValueError):
@@ -43,22 +49,28 @@ class LengthControl:
 
     * ``equal``, ``at_least``, ``at_most``: relative to ``target`` tokens;
     * ``tilt``: p'(x) ~ p(x) * exp(beta * v(x)); beta > 0 shortens, beta < 0 lengthens, 0 is no control;
-    * ``scale``: ``equal`` to ``factor`` times the length predicted at the prompt boundary.
+    * ``scale``: ``equal`` to ``factor`` times the length predicted at the prompt boundary;
+    * ``target_mean``: at every step the tilt whose mean value is a wanted one: that of ``target`` tokens in
+      all, or ``factor`` times what is predicted there without control. ``scaling`` says whether the factor
+      is of the remaining ``length`` (default) or of the ``value``. 1 is no control.
 
     ``strategy`` is ``natural`` (reweights the model's own distribution by the chance to end where
-    asked) or ``hard`` (the paper's argmin/argmax over candidate values); it does not apply to ``tilt``.
+    asked) or ``hard`` (the paper's argmin/argmax over candidate values); it does not apply to the tilts.
+    ``entropy_threshold`` > 0, in nats: steps whose candidates have a lower entropy are not controlled.
     """
 
     mode: str
     target: int | None = None
     beta: float | None = None
     factor: float | None = None
+    scaling: str | None = None
     strategy: str = "natural"
+    entropy_threshold: float = 0.0
 
     @property
     def is_neutral(self) -> bool:
         """Whether this control leaves every distribution as it is."""
-        return self.mode == "tilt" and self.beta == 0
+        return (self.mode == "tilt" and self.beta == 0) or (self.mode == "target_mean" and self.factor == 1)
 
     @classmethod
     def parse(cls, raw: object, field: str = "length_control") -> LengthControl:
@@ -71,25 +83,19 @@ class LengthControl:
         mode = raw.get("mode")
         if mode not in MODES:
             raise LengthControlError(f"{field}.mode", f"must be one of {', '.join(MODES)}")
-        needed = _PARAMETER_OF[mode]
-        for key in ("target", "beta", "factor"):
-            if key == needed and raw.get(key) is None:
-                raise LengthControlError(f"{field}.{key}", f"is required by mode '{mode}'")
-            if key != needed and raw.get(key) is not None:
-                raise LengthControlError(f"{field}.{key}", f"is not a parameter of mode '{mode}'")
-        strategy = raw.get("strategy", "natural")
-        if strategy not in STRATEGIES:
-            raise LengthControlError(f"{field}.strategy", f"must be one of {', '.join(STRATEGIES)}")
-        if mode == "tilt" and "strategy" in raw:
-            raise LengthControlError(f"{field}.strategy", "is not a parameter of mode 'tilt'")
-        if needed == "target":
-            return cls(mode, target=_integer(raw["target"], f"{field}.target"), strategy=strategy)
-        if needed == "beta":
-            return cls(mode, beta=_number(raw["beta"], f"{field}.beta", -MAX_BETA, MAX_BETA))
-        factor = _number(raw["factor"], f"{field}.factor", 0.0, MAX_FACTOR)
-        if factor == 0:
-            raise LengthControlError(f"{field}.factor", "must be greater than 0")
-        return cls(mode, factor=factor, strategy=strategy)
+        parameter = _check_parameters(raw, mode, field)
+        value = raw[parameter]
+        return cls(
+            mode,
+            target=_integer(value, f"{field}.target") if parameter == "target" else None,
+            beta=_number(value, f"{field}.beta", -MAX_BETA, MAX_BETA) if parameter == "beta" else None,
+            factor=_positive(value, f"{field}.factor", MAX_FACTOR) if parameter == "factor" else None,
+            scaling=_scaling(raw, mode, parameter, field),
+            strategy=_strategy(raw, mode, field),
+            entropy_threshold=_number(
+                raw.get("entropy_threshold", 0.0), f"{field}.entropy_threshold", 0.0, MAX_ENTROPY
+            ),
+        )
 
     @classmethod
     def from_request(cls, body: Mapping[str, Any]) -> LengthControl | None:
@@ -113,8 +119,33 @@ class LengthControl:
 
     def to_dict(self) -> dict[str, Any]:
         """The control as it is applied: only the fields of its mode."""
-        fields: dict[str, Any] = {"mode": self.mode, _PARAMETER_OF[self.mode]: getattr(self, _PARAMETER_OF[self.mode])}
-        return fields if self.mode == "tilt" else {**fields, "strategy": self.strategy}
+        parameters = {name: getattr(self, name) for name in (*_PARAMETERS_OF[self.mode], "scaling")}
+        fields = {"mode": self.mode, **{name: value for name, value in parameters.items() if value is not None}}
+        if self.mode not in _TILTS:
+            fields["strategy"] = self.strategy
+        return {**fields, "entropy_threshold": self.entropy_threshold} if self.entropy_threshold else fields
+
+
+@dataclass(frozen=True, slots=True)
+class ValueQuery:
+    """A request for the value at each token of its prompt, and after each of ``candidate_ids`` as next token."""
+
+    candidate_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_custom_params(cls, custom_params: object) -> ValueQuery | None:
+        """Read the wire form; None where it asks for no input values. Raises LengthControlError on a malformed one."""
+        lenvm = custom_params.get("lenvm") if isinstance(custom_params, Mapping) else None
+        if not isinstance(lenvm, Mapping) or not lenvm.get("input_values"):
+            return None
+        ids = lenvm.get("candidates", [])
+        if not isinstance(ids, list) or not all(isinstance(token, int) and token >= 0 for token in ids):
+            raise LengthControlError("custom_params.lenvm.candidates", "must be a list of token ids")
+        return cls(tuple(ids))
+
+    def to_custom_params(self) -> dict[str, Any]:
+        """The wire form."""
+        return {"lenvm": {"input_values": True, "candidates": list(self.candidate_ids)}}
 
 
 def build_custom_params(control: LengthControl | None, values: bool) -> dict[str, Any]:
@@ -128,6 +159,44 @@ def wants_values(custom_params: object) -> bool:
     return bool(lenvm.get("values", True)) if isinstance(lenvm, Mapping) else True
 
 
+def _check_parameters(raw: Mapping[str, Any], mode: str, field: str) -> str:
+    """The one parameter of ``mode`` that is given; an error where that is none, several, or another mode's."""
+    given = [name for name in ("target", "beta", "factor") if raw.get(name) is not None]
+    known = _PARAMETERS_OF[mode]
+    for name in given:
+        if name not in known:
+            raise LengthControlError(f"{field}.{name}", f"is not a parameter of mode '{mode}'")
+    if not given:
+        raise LengthControlError(f"{field}.{known[0]}", f"is required by mode '{mode}'{_alternatives(known)}")
+    if len(given) > 1:
+        raise LengthControlError(f"{field}.{given[1]}", f"give it or {given[0]}, not both")
+    return given[0]
+
+
+def _alternatives(parameters: tuple[str, ...]) -> str:
+    return f", or {parameters[1]}" if len(parameters) > 1 else ""
+
+
+def _strategy(raw: Mapping[str, Any], mode: str, field: str) -> str:
+    strategy = raw.get("strategy", "natural")
+    if strategy not in STRATEGIES:
+        raise LengthControlError(f"{field}.strategy", f"must be one of {', '.join(STRATEGIES)}")
+    if mode in _TILTS and "strategy" in raw:
+        raise LengthControlError(f"{field}.strategy", f"is not a parameter of mode '{mode}'")
+    return str(strategy)
+
+
+def _scaling(raw: Mapping[str, Any], mode: str, parameter: str, field: str) -> str | None:
+    if mode != "target_mean" or parameter != "factor":
+        if "scaling" in raw:
+            raise LengthControlError(f"{field}.scaling", "is a parameter of mode 'target_mean' with factor only")
+        return None
+    scaling = raw.get("scaling", "length")
+    if scaling not in SCALINGS:
+        raise LengthControlError(f"{field}.scaling", f"must be one of {', '.join(SCALINGS)}")
+    return str(scaling)
+
+
 def _integer(raw: object, field: str) -> int:
     if isinstance(raw, bool) or not isinstance(raw, int) or not 1 <= raw <= MAX_TARGET:
         raise LengthControlError(field, f"must be an integer from 1 to {MAX_TARGET}")
@@ -138,3 +207,10 @@ def _number(raw: object, field: str, low: float, high: float) -> float:
     if isinstance(raw, bool) or not isinstance(raw, int | float) or not math.isfinite(raw) or not low <= raw <= high:
         raise LengthControlError(field, f"must be a number from {low:g} to {high:g}")
     return float(raw)
+
+
+def _positive(raw: object, field: str, high: float) -> float:
+    number = _number(raw, field, 0.0, high)
+    if number == 0:
+        raise LengthControlError(field, "must be greater than 0")
+    return number

@@ -6,14 +6,19 @@ plugin that raises, so ``load`` ends the process instead: no engine serves witho
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from lenvm_kernels.checkpoint import read_config
+from lenvm_kernels.checkpoint_files import LenVMKind, find_kind
+from lenvm_kernels.length_value import length_from_value
 from lenvm_runtime import compat
 from lenvm_runtime.config import PluginConfig
+from lenvm_runtime.value_model.source import read_source
 
 
 def load() -> None:
-    """Register the CPU attention backend, the hooks and the samplers; ends the process on failure."""
+    """Register the CPU engine, the hooks and the samplers; ends the process on failure."""
     try:
         _load(PluginConfig.from_environment())
     except Exception as error:
@@ -22,27 +27,42 @@ def load() -> None:
 
 def _load(config: PluginConfig) -> None:
     compat.check_version()
-    _register_cpu_backend()
+    _register_cpu_engine()
     if config.head is not None:
-        from lenvm_runtime import engine_hooks, response_hooks
-
-        engine_hooks.register(config.head)
-        response_hooks.register(config.head)
+        _register_lenvm(config.head)
     for backend in compat.STOCK_SAMPLING_BACKENDS:
-        compat.register_sampler(backend, lambda: _create_sampler(config.sampler))
+        compat.register_sampler(backend, _create_sampler)
 
 
-def _register_cpu_backend() -> None:
+def _register_lenvm(folder: Path) -> None:
+    """Register the hooks for the kind of LenVM in ``folder``."""
+    from lenvm_runtime import engine_hooks, response_hooks
+
+    if find_kind(folder) is LenVMKind.HEAD:
+        head = read_config(folder)
+        engine_hooks.register(folder)
+        response_hooks.register(head.gamma, head.max_length)
+        return
+    from lenvm_runtime.value_model.hooks import ValueModelHooks
+
+    source = read_source(folder)
+    max_length = int(length_from_value(-1.0, source.gamma))
+    ValueModelHooks(source, max_length).register()
+    response_hooks.register(source.gamma, max_length)
+
+
+def _register_cpu_engine() -> None:
     from lenvm_runtime.cpu.platform import activate
 
     if activate() is not None:
-        from lenvm_runtime.cpu import attention_backend
+        from lenvm_runtime.cpu import attention_backend, layers, linear, sampling
 
-        attention_backend.register()
+        for part in (attention_backend, layers, linear, sampling):
+            part.register()
 
 
-def _create_sampler(name: str) -> Any:
-    from lenvm_runtime.sampler import InverseCdfSampler, LenVMSampler
+def _create_sampler() -> Any:
+    from lenvm_runtime.sampler import LenVMSampler
 
     compat.check_hooks_applied()
-    return InverseCdfSampler() if name == "inverse_cdf" else LenVMSampler()
+    return LenVMSampler()

@@ -16,6 +16,7 @@ from lenvm_runtime.length_control import LengthControl, wants_values
 
 VALUE_KEY = "lenvm_value"
 PREDICTION_KEY = "lenvm_prediction"
+CANDIDATES_KEY = "lenvm_candidate_values"
 _ENDED = {"stop": "natural", "length": "cap", "abort": "abort"}
 
 
@@ -55,15 +56,49 @@ class ResponseBuilder:
         if not values:
             return
         pending = self._pending.setdefault(index, {"values": [], "remaining": []})
-        pending["values"] += [round(value, 5) for value in values]
-        pending["remaining"] += [round(self._remaining(value), 1) for value in values]
+        for name, numbers in _describe(values, self.gamma, self.max_length).items():
+            pending[name] += numbers
         prediction = meta_info.get(PREDICTION_KEY)
         if prediction and index not in self._predicted:
             self._predicted.add(index)
             expected, low, high = prediction[0]
             pending["prediction"] = {"expected": round(expected, 1), "interval": [round(low), round(high)]}
 
-    def _remaining(self, value: float) -> float:
-        if value <= -1.0:
-            return float(self.max_length)
-        return min(math.log1p(value) / math.log(self.gamma), float(self.max_length))
+
+def describe_input(
+    meta_info: dict[str, Any], candidate_ids: tuple[int, ...], gamma: float, max_length: int
+) -> dict[str, Any]:
+    """The ``lenvm`` object of a value query, from the ``meta_info`` of its one-token answer.
+
+    ``token_ids``, ``values``, ``remaining``: one element a prompt token, of the state after it;
+    ``candidates``: for each asked-for next token the value and the remaining length after it.
+    """
+    entries = meta_info["input_token_logprobs"]  # (V at the token before, token id, text) a prompt token
+    values = [entry[0] for entry in entries[1:]] + [meta_info[VALUE_KEY][0]]
+    candidates = zip(candidate_ids, meta_info.get(CANDIDATES_KEY, [[]])[0], strict=False)  # rows are padded
+    return {
+        "token_ids": [entry[1] for entry in entries],
+        **_describe(values, gamma, max_length),
+        "candidates": [
+            {
+                "token_id": token,
+                "value": round(value, 5),
+                "remaining": round(remaining_length(value, gamma, max_length), 1),
+            }
+            for token, value in candidates
+        ],
+    }
+
+
+def _describe(values: list[float], gamma: float, max_length: int) -> dict[str, list[float]]:
+    return {
+        "values": [round(value, 5) for value in values],
+        "remaining": [round(remaining_length(value, gamma, max_length), 1) for value in values],
+    }
+
+
+def remaining_length(value: float, gamma: float, max_length: int) -> float:
+    """log(1 + V) / log(gamma) tokens, at most ``max_length``."""
+    if value <= -1.0:
+        return float(max_length)
+    return min(abs(math.log1p(value) / math.log(gamma)), float(max_length))  # abs: 0, not -0, at the end

@@ -2,35 +2,33 @@
 
 Streams: every event that a request's generator takes from the tokenizer manager is observed, and
 what it brought rides on the next chunk of its choice, spliced in without decoding the chunk.
-Non-streamed answers: each choice gets the whole object.
+Non-streamed answers: each choice gets the whole object. Value queries on SGLang's own ``/generate``: each
+answer gets a ``lenvm`` object with the values of its prompt.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import AsyncGenerator, Callable
-from pathlib import Path
 from typing import Any
 
 import orjson
 from fastapi.responses import ORJSONResponse
 
-from lenvm_kernels.checkpoint import read_config
 from lenvm_runtime import compat
-from lenvm_runtime.length_control import LengthControl
-from lenvm_runtime.response import ResponseBuilder
+from lenvm_runtime.length_control import LengthControl, LengthControlError, ValueQuery
+from lenvm_runtime.response import CANDIDATES_KEY, VALUE_KEY, ResponseBuilder, describe_input
 
 _BUILDER = "lenvm_builder"
 _CHOICE = re.compile(r'"choices":\[\{"index":(\d+),')
 _FINISHING = '"finish_reason":"'
 
 
-def register(head: Path) -> None:
-    """Hook the chat and completion handlers; gamma comes from the head's configuration."""
-    config = read_config(head)
+def register(gamma: float, max_length: int) -> None:
+    """Hook the chat and completion handlers; ``gamma`` is the LenVM's, ``max_length`` bounds ``remaining``."""
 
     def new_builder(custom_params: Any) -> ResponseBuilder:
-        return ResponseBuilder(custom_params, config.gamma, config.max_length)
+        return ResponseBuilder(custom_params, gamma, max_length)
 
     def stream(
         original: Callable[..., AsyncGenerator[str, None]], handler: Any, adapted: Any, request: Any, *args: Any
@@ -49,25 +47,64 @@ def register(head: Path) -> None:
             choice["lenvm"] = builder.take(index, finishing=True)
         return ORJSONResponse(body)
 
-    compat.around(compat.GENERATE, _observe)
+    def observe(
+        original: Callable[..., AsyncGenerator[Any, None]], manager: Any, obj: Any, *args: Any
+    ) -> AsyncGenerator[Any, None]:
+        params = getattr(obj, "sampling_params", None)
+        _check_controls(params)
+        queries = _read_queries(params, compat.vocab_size(manager))
+        if queries:
+            if hasattr(obj, _BUILDER):
+                raise LengthControlError("custom_params.lenvm.input_values", "is taken by /generate only")
+            obj.return_logprob, obj.logprob_start_len = True, 0
+            return _answer_queries(original(manager, obj, *args), queries, gamma, max_length)
+        events = original(manager, obj, *args)
+        builder = getattr(obj, _BUILDER, None)
+        return events if builder is None else _observe_events(events, builder)
+
+    compat.around(compat.GENERATE, observe)
     for target in (compat.CHAT_STREAM, compat.COMPLETION_STREAM):
         compat.around(target, stream)
     for target in (compat.CHAT_RESPONSE, compat.COMPLETION_RESPONSE):
         compat.after(target, respond)
 
 
-def _observe(original: Callable[..., AsyncGenerator[Any, None]], manager: Any, obj: Any, *args: Any) -> Any:
-    _check_controls(getattr(obj, "sampling_params", None))
-    events = original(manager, obj, *args)
-    builder = getattr(obj, _BUILDER, None)
-    return events if builder is None else _observe_events(events, builder)
+def _custom_params(sampling_params: Any) -> list[Any]:
+    """``custom_params`` of each of a request's sampling parameters, of which there may be a list."""
+    each = sampling_params if isinstance(sampling_params, list) else [sampling_params]
+    return [params.get("custom_params") for params in each if isinstance(params, dict)]
 
 
 def _check_controls(sampling_params: Any) -> None:
     """Refuse a malformed control here (ValueError: HTTP 400), before it reaches the scheduler."""
-    for params in sampling_params if isinstance(sampling_params, list) else [sampling_params]:
-        if isinstance(params, dict):
-            LengthControl.from_custom_params(params.get("custom_params"))
+    for custom_params in _custom_params(sampling_params):
+        LengthControl.from_custom_params(custom_params)
+
+
+def _read_queries(sampling_params: Any, vocab_size: int) -> list[ValueQuery]:
+    """The value queries of a request, one a sampling parameters; none, or an error where only some are."""
+    found = [ValueQuery.from_custom_params(custom_params) for custom_params in _custom_params(sampling_params)]
+    queries = [query for query in found if query]
+    if queries and len(queries) != len(found):
+        raise LengthControlError("custom_params.lenvm.input_values", "must be given for all inputs or for none")
+    for token in (token for query in queries for token in query.candidate_ids):
+        if token >= vocab_size:
+            raise LengthControlError("candidates", f"token id {token} is not below the vocabulary's size {vocab_size}")
+    return queries
+
+
+async def _answer_queries(
+    events: AsyncGenerator[Any, None], queries: list[ValueQuery], gamma: float, max_length: int
+) -> AsyncGenerator[Any, None]:
+    async for event in events:
+        answers = event if isinstance(event, list) else [event]
+        each = queries if len(queries) == len(answers) else queries * len(answers)
+        for answer, query in zip(answers, each, strict=True):
+            meta_info = answer["meta_info"]
+            answer["lenvm"] = describe_input(meta_info, query.candidate_ids, gamma, max_length)
+            for key in ("input_token_logprobs", "output_token_logprobs", VALUE_KEY, CANDIDATES_KEY):
+                meta_info.pop(key, None)
+        yield event
 
 
 async def _observe_events(events: AsyncGenerator[Any, None], builder: ResponseBuilder) -> AsyncGenerator[Any, None]:

@@ -22,6 +22,7 @@ from types import FrameType
 
 import httpx
 
+from lenvm_kernels.checkpoint_files import find_kind
 from lenvm_runtime import default_model
 
 SHIPPED_HEAD = Path(__file__).parent / "heads" / default_model.MODEL_NAME
@@ -45,7 +46,8 @@ class StartError(RuntimeError):
 class ServeConfig:
     """What to serve where. ``model`` or ``head`` None: the default model, the shipped head for it.
 
-    ``head`` NO_HEAD: no length values, no length control.
+    ``head`` is the folder of a LenVM of any kind (`lenvm_kernels.checkpoint_files`); NO_HEAD: no length values,
+    no length control. Raises ValueError (CheckpointError) for what cannot be served.
     """
 
     host: str
@@ -57,10 +59,10 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if not 0 < self.port < 65536:
             raise ValueError(f"port: must be from 1 to 65535, got {self.port}")
-        if self.head is not None and self.head != NO_HEAD and not self.head.is_dir():
-            raise ValueError(f"lenvm: no such folder: {self.head}")
+        if self.head is not None and self.head != NO_HEAD:
+            find_kind(self.head)
         if self.model is not None and self.head is None:
-            raise ValueError("lenvm: a model other than the default needs its own LenVM head folder")
+            raise ValueError("lenvm: a model other than the default needs its own LenVM")
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def free_port() -> int:
 
 
 def _resolve(config: ServeConfig) -> tuple[str, Path | None]:
-    """The model folder or name, and the head folder (None: no values, no length control)."""
+    """The model folder or name, and the LenVM's folder (None: no values, no length control)."""
     if config.head == NO_HEAD:
         return config.model or str(default_model.ensure_default_model()), None
     if config.model is None:

@@ -1,15 +1,19 @@
-"""``steer_candidates`` in torch: the production path on the CPU and the oracle of the Triton kernel."""
+"""``steer_candidates`` and ``solve_mean_tilt`` in torch: the CPU's production path and the Triton kernels' oracle."""
 
 from __future__ import annotations
 
 import torch
 
 from lenvm_kernels.length_control import DEFAULT_KERNEL, Mode, PreferenceKernel, Strategy
-from lenvm_kernels.length_value import expected_value, length_from_value
+from lenvm_kernels.length_value import length_from_value
+
+BISECTION_STEPS = 32
+MAX_ASINH_BETA = 15.0  # beta in units of the candidates' spread of values: up to sinh(15) = 1.6e6
 
 
 def steer_candidates(
     candidate_logprobs: torch.Tensor,
+    candidate_values: torch.Tensor,
     bin_logprobs: torch.Tensor,
     eos_mask: torch.Tensor,
     bin_lengths: torch.Tensor,
@@ -26,23 +30,55 @@ def steer_candidates(
     end_length = (num_generated + 1).float().unsqueeze(-1)  # [B, 1]: the length if x is the last token
     unmet = (mode == Mode.AT_LEAST) & (end_length < target)
 
-    logprobs = _forbid_eos(candidate_logprobs, eos_mask, unmet)  # [B, C]
+    natural_equal = (mode == Mode.EQUAL) & (strategy == Strategy.NATURAL)
+    cutting = natural_equal & (candidate_logprobs.exp() < kernel.equal_min_eos)
+    logprobs = _forbid_eos(candidate_logprobs, eos_mask, unmet | cutting)  # [B, C]
     log_psi = _log_psi(bin_logprobs, eos_mask, bin_lengths, end_length, mode, target, kernel)
-    values = expected_value(bin_logprobs, bin_lengths, gamma).masked_fill(eos_mask, 0.0)  # [B, C]
+    values = candidate_values.masked_fill(eos_mask, 0.0)  # [B, C]
 
+    tilted = mode >= Mode.TILT
     strength = torch.where(mode == Mode.EQUAL, kernel.equal_strength, kernel.bound_strength)
-    reweighted = _reweigh(logprobs, torch.where(mode == Mode.TILT, beta * values, strength * log_psi))
+    _, highest = _value_range(logprobs, values)  # subtracted: a huge beta must not drown in rounding
+    reweighted = _reweigh(logprobs, torch.where(tilted, beta * (values - highest), strength * log_psi))
     chosen = _choose(logprobs, values, (target - end_length).clamp(min=0.0), mode, gamma)
-    steered = torch.where((strategy == Strategy.HARD) & (mode != Mode.TILT), chosen, reweighted)
+    steered = torch.where((strategy == Strategy.HARD) & ~tilted, chosen, reweighted)
 
-    idle = (mode == Mode.NONE) | ((mode == Mode.TILT) & (beta == 0)) | ((mode == Mode.AT_LEAST) & ~unmet)
+    idle = (mode == Mode.NONE) | (tilted & (beta == 0)) | ((mode == Mode.AT_LEAST) & ~unmet)
     return torch.where(idle, candidate_logprobs, steered)
 
 
-def _forbid_eos(logprobs: torch.Tensor, eos_mask: torch.Tensor, unmet: torch.Tensor) -> torch.Tensor:
-    """Drop the EOS candidates of rows still too short, where any other candidate is left. [B, C]"""
+def solve_mean_tilt(
+    candidate_logprobs: torch.Tensor, candidate_values: torch.Tensor, eos_mask: torch.Tensor, wanted: torch.Tensor
+) -> torch.Tensor:
+    """See ``length_control.solve_mean_tilt``."""
+    values = candidate_values.masked_fill(eos_mask, 0.0)
+    lowest, highest = _value_range(candidate_logprobs, values)  # [B, 1]
+    spread = highest - lowest
+    varied = spread > 0
+    share = torch.where(varied & (candidate_logprobs > -torch.inf), (values - lowest) / spread, 0.0)  # [B, C], 0 to 1
+    wanted_share = (wanted.unsqueeze(-1) - lowest) / spread
+
+    low = torch.full_like(spread, -MAX_ASINH_BETA)
+    high = -low
+    for _ in range(BISECTION_STEPS):
+        middle = (low + high) / 2
+        mean = (torch.softmax(candidate_logprobs + middle.sinh() * share, -1) * share).sum(-1, keepdim=True)
+        short = mean < wanted_share
+        low, high = torch.where(short, middle, low), torch.where(short, high, middle)
+    return torch.where(varied, ((low + high) / 2).sinh() / spread, 0.0).squeeze(-1)
+
+
+def _value_range(logprobs: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least and greatest value of each row's candidates: [B, 1] each; inf and -inf without any."""
+    candidate = logprobs > -torch.inf
+    lowest = torch.where(candidate, values, torch.inf).amin(-1, keepdim=True)
+    return lowest, torch.where(candidate, values, -torch.inf).amax(-1, keepdim=True)
+
+
+def _forbid_eos(logprobs: torch.Tensor, eos_mask: torch.Tensor, forbidden: torch.Tensor) -> torch.Tensor:
+    """Drop the forbidden EOS candidates ([B, C] or [B, 1]) of rows where any other candidate is left. [B, C]"""
     others_left = ((logprobs > -torch.inf) & ~eos_mask).any(-1, keepdim=True)
-    return logprobs.masked_fill(eos_mask & unmet & others_left, -torch.inf)
+    return logprobs.masked_fill(eos_mask & forbidden & others_left, -torch.inf)
 
 
 def _log_psi(

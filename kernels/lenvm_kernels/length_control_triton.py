@@ -1,6 +1,6 @@
-"""``steer_candidates`` as one Triton kernel. Needs CUDA, or Triton's interpreter.
+"""``steer_candidates`` and ``solve_mean_tilt`` as a Triton kernel each. Needs CUDA, or Triton's interpreter.
 
-A program takes a row and holds its [C, M] distributions in registers: made for C up to about 100.
+A program takes a row and holds its candidates, and their [C, M] distributions, in registers: C up to about 100.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from lenvm_kernels.length_control import DEFAULT_KERNEL, Mode, PreferenceKernel, Strategy
-from lenvm_kernels.length_value import MIN_VALUE, value_from_length
+from lenvm_kernels.length_control_torch import BISECTION_STEPS, MAX_ASINH_BETA
+from lenvm_kernels.length_value import MIN_VALUE
 
 _EQUAL = tl.constexpr(int(Mode.EQUAL))
 _AT_LEAST = tl.constexpr(int(Mode.AT_LEAST))
@@ -21,10 +22,13 @@ _TILT = tl.constexpr(int(Mode.TILT))
 _NONE = tl.constexpr(int(Mode.NONE))
 _HARD = tl.constexpr(int(Strategy.HARD))
 _MIN_VALUE = tl.constexpr(MIN_VALUE)
+_STEPS = tl.constexpr(BISECTION_STEPS)
+_MAX_ASINH_BETA = tl.constexpr(MAX_ASINH_BETA)
 
 
 def steer_candidates(
     candidate_logprobs: torch.Tensor,
+    candidate_values: torch.Tensor,
     bin_logprobs: torch.Tensor,
     eos_mask: torch.Tensor,
     bin_lengths: torch.Tensor,
@@ -43,10 +47,10 @@ def steer_candidates(
         return steered
     _steer_row[(num_rows,)](
         candidate_logprobs.contiguous(),
+        candidate_values.contiguous(),
         bin_logprobs.contiguous(),
         eos_mask.contiguous(),
         bin_lengths.contiguous(),
-        value_from_length(bin_lengths, gamma).contiguous(),
         num_generated.contiguous(),
         mode.contiguous(),
         strategy.contiguous(),
@@ -62,6 +66,7 @@ def steer_candidates(
         kernel.at_most_long,
         kernel.equal_strength,
         kernel.bound_strength,
+        kernel.equal_min_eos,
         BLOCK_C=triton.next_power_of_2(num_candidates),
         BLOCK_M=triton.next_power_of_2(num_bins),
     )
@@ -94,10 +99,10 @@ def _length_from_value(value, log_gamma):  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _steer_row(  # type: ignore[no-untyped-def]
     candidate_logprobs_ptr,
+    candidate_values_ptr,
     bin_logprobs_ptr,
     eos_mask_ptr,
     bin_lengths_ptr,
-    bin_values_ptr,
     num_generated_ptr,
     mode_ptr,
     strategy_ptr,
@@ -113,6 +118,7 @@ def _steer_row(  # type: ignore[no-untyped-def]
     at_most_long,
     equal_strength,
     bound_strength,
+    equal_min_eos,
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -130,16 +136,17 @@ def _steer_row(  # type: ignore[no-untyped-def]
         other=float("-inf"),
     )  # [C, M]
     bin_lengths = tl.load(bin_lengths_ptr + m, mask=in_m, other=1.0)
-    bin_values = tl.load(bin_values_ptr + m, mask=in_m, other=0.0)
     mode = tl.load(mode_ptr + row)
-    hard = (tl.load(strategy_ptr + row) == _HARD) & (mode != _TILT)
+    tilted = mode >= _TILT
+    hard = (tl.load(strategy_ptr + row) == _HARD) & (tilted == 0)
     target = tl.load(target_ptr + row)
     beta = tl.load(beta_ptr + row)
     end_length = (tl.load(num_generated_ptr + row) + 1).to(tl.float32)
 
     unmet = (mode == _AT_LEAST) & (end_length < target)
     others_left = tl.max(((given > float("-inf")) & (is_eos == 0)).to(tl.int32), axis=0) > 0
-    logprobs = tl.where(is_eos & unmet & others_left, float("-inf"), given)
+    cutting = (mode == _EQUAL) & (hard == 0) & (tl.exp(given) < equal_min_eos)  # [C]
+    logprobs = tl.where(is_eos & (unmet | cutting) & others_left, float("-inf"), given)
     candidate = logprobs > float("-inf")
 
     short = tl.where(mode == _EQUAL, equal_short, tl.where(mode == _AT_LEAST, at_least_short, 0.0))
@@ -148,10 +155,12 @@ def _steer_row(  # type: ignore[no-untyped-def]
     highest = tl.maximum(tl.max(joint, axis=1), -3.0e38)  # [C]
     log_psi = highest + tl.log(tl.sum(tl.exp(joint - highest[:, None]), axis=1))
     log_psi = tl.where(is_eos, _log_preference(end_length, target, short, long), log_psi)
-    values = tl.where(is_eos, 0.0, tl.sum(tl.exp(bins) * bin_values[None, :], axis=1))
+    values = tl.load(candidate_values_ptr + columns, mask=in_c, other=0.0)
+    values = tl.where(is_eos, 0.0, values)
+    highest_value = tl.max(tl.where(candidate, values, float("-inf")), axis=0)
 
     strength = tl.where(mode == _EQUAL, equal_strength, bound_strength)
-    weighted = logprobs + tl.where(mode == _TILT, beta * values, strength * log_psi)
+    weighted = logprobs + tl.where(tilted, beta * (values - highest_value), strength * log_psi)
     weighted = tl.where(candidate, weighted, float("-inf"))
     reachable = tl.max(weighted, axis=0) > float("-inf")
     reweighted = _log_softmax(tl.where(reachable, weighted, logprobs))
@@ -161,6 +170,67 @@ def _steer_row(  # type: ignore[no-untyped-def]
     best = tl.argmin(tl.where(candidate, cost, float("inf")), axis=0)
     chosen = tl.where((c == best) & candidate, 0.0, float("-inf"))
 
-    idle = (mode == _NONE) | ((mode == _TILT) & (beta == 0.0)) | ((mode == _AT_LEAST) & (unmet == 0))
+    idle = (mode == _NONE) | (tilted & (beta == 0.0)) | ((mode == _AT_LEAST) & (unmet == 0))
     steered = tl.where(idle, given, tl.where(hard, chosen, reweighted))
     tl.store(steered_ptr + columns, steered, mask=in_c)
+
+
+def solve_mean_tilt(
+    candidate_logprobs: torch.Tensor, candidate_values: torch.Tensor, eos_mask: torch.Tensor, wanted: torch.Tensor
+) -> torch.Tensor:
+    """See ``length_control.solve_mean_tilt``."""
+    num_rows, num_candidates = candidate_logprobs.shape
+    beta = torch.empty_like(wanted)
+    if num_rows == 0:
+        return beta
+    _solve_row[(num_rows,)](
+        candidate_logprobs.contiguous(),
+        candidate_values.contiguous(),
+        eos_mask.contiguous(),
+        wanted.contiguous(),
+        beta,
+        num_candidates,
+        BLOCK_C=triton.next_power_of_2(num_candidates),
+    )
+    return beta
+
+
+@triton.jit
+def _sinh(x):  # type: ignore[no-untyped-def]
+    return 0.5 * (tl.exp(x) - tl.exp(-x))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _solve_row(  # type: ignore[no-untyped-def]
+    candidate_logprobs_ptr,
+    candidate_values_ptr,
+    eos_mask_ptr,
+    wanted_ptr,
+    beta_ptr,
+    num_candidates,
+    BLOCK_C: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    in_c = c < num_candidates
+    columns = row * num_candidates + c  # [C]
+    logprobs = tl.load(candidate_logprobs_ptr + columns, mask=in_c, other=float("-inf"))
+    is_eos = tl.load(eos_mask_ptr + columns, mask=in_c, other=0).to(tl.int1)
+    values = tl.where(is_eos, 0.0, tl.load(candidate_values_ptr + columns, mask=in_c, other=0.0))
+    candidate = logprobs > float("-inf")
+
+    lowest = tl.min(tl.where(candidate, values, float("inf")), axis=0)
+    spread = tl.max(tl.where(candidate, values, float("-inf")), axis=0) - lowest
+    varied = spread > 0.0
+    divisor = tl.where(varied, spread, 1.0)
+    share = tl.where(candidate, (values - lowest) / divisor, 0.0)
+    wanted_share = (tl.load(wanted_ptr + row) - lowest) / divisor
+    low = -_MAX_ASINH_BETA + 0.0 * divisor
+    high = -low
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        tilted = logprobs + _sinh(middle) * share
+        weights = tl.exp(tilted - tl.maximum(tl.max(tilted, axis=0), -3.0e38))
+        short = tl.sum(weights * share, axis=0) < wanted_share * tl.sum(weights, axis=0)
+        low, high = tl.where(short, middle, low), tl.where(short, high, middle)
+    tl.store(beta_ptr + row, tl.where(varied, _sinh((low + high) / 2) / divisor, 0.0))

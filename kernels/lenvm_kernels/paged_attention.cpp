@@ -1,4 +1,4 @@
-// Attention over a paged KV cache on CPUs: decode and extend with one algorithm.
+// Attention over a paged KV cache on CPUs: decode, extend and candidates with one algorithm.
 //
 // A work item is (request, block of queries, split of the keys, range of KV heads). It walks its keys in
 // blocks of 64 tokens. A block of K is transposed so that tokens lie in vector lanes, which makes the scores
@@ -10,6 +10,9 @@
 //
 // The split of the keys and the choice of instructions depend on the request's own lengths only: a row's
 // result does not depend on its neighbours in the batch or on the number of threads.
+//
+// Candidates (k_new set): row 0 of a request sees its cached keys, every other row those and its own new key. The
+// online softmax of such a row starts from its own key instead of from nothing.
 //
 // Plain C interface, no torch headers: compiles in seconds and is called through ctypes.
 #include <algorithm>
@@ -161,20 +164,24 @@ inline float reduce_sum(vf v) {
 }
 
 struct Problem {
-  const void *q, *k, *v;
+  const void *q, *k, *v, *k_new, *v_new;  // k_new, v_new: null unless the rows are candidates
   void* out;
   const int32_t* req_to_token;
   const int64_t *req_pool_indices, *kv_lens, *q_starts;
   int64_t num_reqs, num_heads, num_kv_heads, qk_dim, v_dim;
-  int64_t req_stride, q_stride, out_stride, k_stride, v_stride;  // in elements
-  int64_t window;                                                // keys before the query's own; negative: no limit
+  int64_t req_stride, q_stride, out_stride, k_stride, v_stride, k_new_stride, v_new_stride;  // in elements
+  int64_t window;  // keys before the query's own; negative: no limit
   float scale, logit_cap;
   int32_t causal;
 
   int64_t group() const { return num_heads / num_kv_heads; }
   int64_t v_pad() const { return round_up(v_dim, kPad); }
+  // whether query `i` of a request brings a key of its own
+  bool has_new_key(int64_t i) const { return k_new && i > 0; }
   // position of query `i` of request `r` among its keys
-  int64_t position(int64_t r, int64_t i) const { return kv_lens[r] - (q_starts[r + 1] - q_starts[r]) + i; }
+  int64_t position(int64_t r, int64_t i) const {
+    return k_new ? kv_lens[r] - !has_new_key(i) : kv_lens[r] - (q_starts[r + 1] - q_starts[r]) + i;
+  }
   int64_t first_key(int64_t position) const { return window < 0 ? 0 : std::max<int64_t>(0, position - window); }
   int64_t last_key(int64_t r, int64_t position) const { return causal ? position + 1 : kv_lens[r]; }
 };
@@ -184,6 +191,7 @@ struct Item {
   int64_t kv_begin, kv_end;       // keys of this item
   int64_t head_begin, head_end;   // KV heads
   int64_t partial;                // row of the partial results of this split; -1: the only split
+  bool first_split;
 };
 
 struct Merge {  // one query whose keys were split
@@ -507,6 +515,20 @@ inline float soften_row(const Problem& p, float* scores, int width, int64_t firs
   return rescale;
 }
 
+// Row `r` of one KV head starts from the key and value that its token brings.
+template <class T>
+void start_from_new_key(const Problem& p, int64_t token, const T* q, int64_t head, int64_t r, Rows& rows) {
+  const T* k = static_cast<const T*>(p.k_new) + token * p.k_new_stride + head * p.qk_dim;
+  const T* v = static_cast<const T*>(p.v_new) + token * p.v_new_stride + head * p.v_dim;
+  float score = 0;
+  for (int64_t d = 0; d < p.qk_dim; ++d) score += widen(q[d]) * widen(k[d]);
+  score *= p.scale;
+  if (p.logit_cap > 0) score = p.logit_cap * tanh_vector(splat(score / p.logit_cap))[0];
+  rows.max[r] = score * kLog2e;
+  rows.sum[r] = 1.0f;
+  for (int64_t d = 0; d < p.v_dim; ++d) rows.out[r * p.v_pad() + d] = widen(v[d]);
+}
+
 template <class T>
 void begin_rows(const Problem& p, const Item& item, Scratch& s) {
   const int64_t group = p.group(), q_width = round_up(num_elements<T>(p.qk_dim), kPad);
@@ -519,6 +541,7 @@ void begin_rows(const Problem& p, const Item& item, Scratch& s) {
       int64_t token = p.q_starts[item.req] + item.q_begin + r / group;
       const T* q = static_cast<const T*>(p.q) + token * p.q_stride + (head * group + r % group) * p.qk_dim;
       pack_query(q, p.qk_dim, q_width, rows.q.data() + r * q_width);
+      if (item.first_split && p.has_new_key(item.q_begin + r / group)) start_from_new_key(p, token, q, head, r, rows);
     }
   }
   s.first.resize(num_rows);
@@ -660,13 +683,13 @@ struct Plan {
 
 void plan_request(const Problem& p, int64_t req, int64_t heads_per_item, Plan& plan) {
   const int64_t num_queries = p.q_starts[req + 1] - p.q_starts[req];
-  const int64_t block = std::max<int64_t>(1, kTargetRows / p.group());
+  const int64_t block = std::max<int64_t>(1, p.k_new ? num_queries : kTargetRows / p.group());
   for (int64_t q = 0; q < num_queries; q += block) {
     int64_t q_end = std::min(num_queries, q + block);
     int64_t kv_begin = p.first_key(p.position(req, q)) / kBlock * kBlock;
     int64_t kv_end = p.last_key(req, p.position(req, q_end - 1));
     bool split = num_queries <= block && kv_end - kv_begin > kSplit;
-    Item item{req, q, q_end, kv_begin, kv_end, 0, 0, -1};
+    Item item{req, q, q_end, kv_begin, kv_end, 0, 0, -1, true};
     if (!split) {
       plan.add(item, p.num_kv_heads, num_queries == 1 ? heads_per_item : 1);
       continue;
@@ -677,6 +700,7 @@ void plan_request(const Problem& p, int64_t req, int64_t heads_per_item, Plan& p
       item.partial = plan.num_partials;
       plan.num_partials += num_queries;
       plan.add(item, p.num_kv_heads, heads_per_item);
+      item.first_split = false;
     }
     for (int64_t i = 0; i < num_queries; ++i) {
       plan.merges.push_back({p.q_starts[req] + i, first_partial + i, (plan.num_partials - first_partial) / num_queries});

@@ -12,15 +12,9 @@ zeros. A row's result does not depend on the other requests of the batch (C++ ke
 new tokens must be in the cache already.
 """
 
-import functools
-import logging
-
 import torch
 
-from lenvm_kernels import paged_attention_cpp, paged_attention_torch
-from lenvm_kernels.paged_attention_cpp import KernelUnavailableError
-
-logger = logging.getLogger(__name__)
+from lenvm_kernels import cpp_library, paged_attention_cpp, paged_attention_torch
 
 
 def paged_attention(
@@ -62,7 +56,7 @@ def paged_attention(
     if scale <= 0:
         raise ValueError(f"scale must be positive, not {scale}")
     backend = paged_attention_torch.paged_attention
-    if paged_attention_cpp.supports(q, k_buffer, v_buffer) and kernel_available():
+    if paged_attention_cpp.supports(q, k_buffer, v_buffer) and cpp_library.available(paged_attention_cpp.SOURCE):
         backend = paged_attention_cpp.paged_attention
     return backend(
         q,
@@ -77,17 +71,6 @@ def paged_attention(
         window=window,
         logit_cap=logit_cap,
     )
-
-
-@functools.cache
-def kernel_available() -> bool:
-    """Whether the C++ kernel is usable here; builds it at the first call, and logs once why it is not."""
-    try:
-        paged_attention_cpp.load()
-    except KernelUnavailableError as error:
-        logger.warning("CPU attention runs in plain torch, several times slower: %s", error)
-        return False
-    return True
 
 
 def check_shapes(

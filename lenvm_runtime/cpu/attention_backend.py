@@ -6,6 +6,7 @@ engine starts, or at the first layer that needs it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,11 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
 
-from lenvm_kernels.paged_attention import kernel_available, paged_attention
+from lenvm_kernels import cpp_library, paged_attention_cpp
+from lenvm_kernels.paged_attention import paged_attention
 from lenvm_runtime import compat
+
+logger = logging.getLogger(__name__)
 
 NAME = "lenvm_cpu"
 SUPPORT_TRITON = "sglang.srt.utils.common.support_triton"
@@ -64,7 +68,7 @@ class CpuAttentionBackend(AttentionBackend):
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self._row_indices = torch.arange(self.req_to_token_pool.req_to_token.shape[0] + 1)
         self._metadata: BatchMetadata | None = None
-        kernel_available()  # build now, not inside the first request
+        _build_kernel(model_runner)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """Lengths and row offsets of the batch, once a step."""
@@ -119,6 +123,15 @@ class CpuAttentionBackend(AttentionBackend):
             logit_cap=layer.logit_cap,
         )
         return out.flatten(1)
+
+
+def _build_kernel(model_runner: Any) -> None:
+    """Build now, not inside the first request; say once where plain torch will run instead."""
+    head_dim, dtype = model_runner.model_config.head_dim, model_runner.dtype
+    if dtype not in paged_attention_cpp.DTYPES or head_dim % 2:
+        logger.warning("attention runs in plain torch, several times slower: no kernel for %s, %d", dtype, head_dim)
+        return
+    cpp_library.available(paged_attention_cpp.SOURCE)
 
 
 def check_model(model_runner: Any) -> None:

@@ -22,8 +22,9 @@ from starlette.types import ASGIApp
 from .config import GatewayConfig
 from .engine import Engine
 from .errors import BodyTimeout, EngineBroken, EngineTimeout, MethodNotAllowed, NotFound
+from .length_values import ENGINE_PATH, ValueRequest, read_value_request
 from .metrics import Metrics
-from .middleware import LENGTH_PATH, Accounting, ApiKeys, BodyLimit, ConcurrencyLimit
+from .middleware import LENGTH_PATH, VALUES_PATH, Accounting, ApiKeys, BodyLimit, ConcurrencyLimit
 from .page_routes import page_routes
 from .relay import Relay, run_while_connected
 from .validation import (
@@ -70,6 +71,7 @@ class Gateway:
             Route(CHAT_PATH, self.generate, methods=["POST"]),
             Route(COMPLETION_PATH, self.generate, methods=["POST"]),
             Route(LENGTH_PATH, self.predict, methods=["POST"]),
+            Route(VALUES_PATH, self.show_values, methods=["POST"]),
             Route("/v1/models", self.list_models),
             Route("/v1/models/{id:path}", self.show_model),
             Route("/health", self.health),
@@ -91,6 +93,16 @@ class Gateway:
         check_profile(generation, profile, self.config)
         answer: dict[str, Any] = {}
         await run_while_connected(request.receive, self._ask_prediction(generation, profile, answer))
+        return _json(answer)
+
+    async def show_values(self, request: Request) -> Response:
+        """The value at every token of given texts or token ids, and after given next tokens. Batched."""
+        wanted = read_value_request(await self._read_body(request), self.config)
+        profile = await self.engine.profile()
+        check_model(wanted.model, profile, self.config)
+        answer: dict[str, Any] = {}
+        await run_while_connected(request.receive, self._ask_values(wanted, profile, answer))
+        self.metrics.prompt_tokens.labels(profile.model_id).inc(answer["usage"]["prompt_tokens"])
         return _json(answer)
 
     async def list_models(self, request: Request) -> Response:
@@ -124,15 +136,19 @@ class Gateway:
             raise BodyTimeout("The body did not arrive in time") from None
 
     async def _ask_prediction(self, generation: Generation, profile: EngineProfile, answer: dict[str, Any]) -> None:
+        completion = await self._ask(generation.path, generation.engine_body(profile))
+        answer.update(_prediction(completion, profile))
+
+    async def _ask_values(self, wanted: ValueRequest, profile: EngineProfile, answer: dict[str, Any]) -> None:
+        answer.update(wanted.response(await self._ask(ENGINE_PATH, wanted.engine_body()), profile))
+
+    async def _ask(self, path: str, body: bytes) -> Any:
+        """The engine's whole JSON answer."""
         try:
-            async with (
-                asyncio.timeout(self.config.request_timeout_s),
-                self.engine.post(generation.path, generation.engine_body(profile)) as response,
-            ):
-                completion = orjson.loads(await response.aread())
+            async with asyncio.timeout(self.config.request_timeout_s), self.engine.post(path, body) as response:
+                return orjson.loads(await response.aread())
         except TimeoutError:
             raise EngineTimeout("The engine did not answer in time") from None
-        answer.update(_prediction(completion, profile))
 
     def _models(self, profile: EngineProfile) -> list[Mapping[str, Any]]:
         base = profile.models[0]

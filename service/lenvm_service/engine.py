@@ -16,7 +16,7 @@ from lenvm_runtime.length_control import build_custom_params
 
 from .config import GatewayConfig
 from .errors import EngineBroken, EngineFailed, EngineTimeout, EngineUnavailable, GatewayError, InvalidRequest
-from .fields import CHAT, COMPLETION
+from .fields import CHAT, COMPLETION, VALUES
 from .metrics import Metrics
 from .validation import COMPLETION_PATH, EngineProfile
 
@@ -161,7 +161,7 @@ def explain_refusal(message: str) -> tuple[str | None, str]:
     if grammar:
         return _GRAMMAR_FIELDS[grammar["kind"]], message.strip()
     first_word = message.split(" ", 1)[0].strip(":")
-    return (first_word if first_word in {*CHAT, *COMPLETION} else None), message.split("\n\n  File ")[0]
+    return (first_word if first_word in {*CHAT, *COMPLETION, *VALUES} else None), message.split("\n\n  File ")[0]
 
 
 def _error_object(body: bytes) -> Mapping[str, Any]:

@@ -21,6 +21,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_BIASES = 1024
 MAX_TOP_LOGPROBS = 20
+MAX_CANDIDATES = 1024
 MAX_GRAMMAR_CHARS = 65_536
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MESSAGE_FIELDS = ("role", "content", "name", "tool_call_id", "tool_calls", "reasoning_content")
@@ -213,6 +214,13 @@ def prompt(field: str, value: Any) -> None:
         raise InvalidField(field, "must not mix text and token ids")
 
 
+def candidate_ids(field: str, value: Any) -> None:
+    """Token ids, or a list of such lists, each of at most MAX_CANDIDATES."""
+    lists = value if isinstance(value, list) and not _is_ids(value) else [value]
+    if not lists or not all(_is_ids(ids) and len(ids) <= MAX_CANDIDATES for ids in lists):
+        raise InvalidField(field, f"must be 1 to {MAX_CANDIDATES} token ids, or a list of such lists")
+
+
 def _is_ids(value: Any) -> bool:
     return (
         isinstance(value, list)
@@ -273,6 +281,13 @@ PREDICTION: Mapping[str, Check] = {
     "prompt": prompt,
     "tools": tools,
     "chat_template_kwargs": chat_template_kwargs,
+    "user": text,
+}
+
+VALUES: Mapping[str, Check] = {
+    "model": text,
+    "input": prompt,
+    "candidates": candidate_ids,
     "user": text,
 }
 

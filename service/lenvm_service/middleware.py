@@ -21,7 +21,8 @@ from .relay import ClientGone
 log = logging.getLogger("lenvm.gateway")
 
 LENGTH_PATH = "/v1/length/predict"
-GENERATION_PATHS = ("/v1/chat/completions", "/v1/completions", LENGTH_PATH)
+VALUES_PATH = "/v1/length/values"
+GENERATION_PATHS = ("/v1/chat/completions", "/v1/completions", LENGTH_PATH, VALUES_PATH)
 _PLAIN_ROUTES = frozenset({*GENERATION_PATHS, "/v1/models", "/health", "/ready", "/metrics", "/"})
 _CLIENT_GONE = 499  # the status that access logs give to a client that left
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")

@@ -72,8 +72,8 @@ class Generation:
 def read_generation(path: str, raw: bytes, config: GatewayConfig) -> Generation:
     """Validate a body of ``/v1/chat/completions`` or ``/v1/completions``, as far as that needs no engine."""
     known, content = (CHAT, "messages") if path == CHAT_PATH else (COMPLETION, "prompt")
-    body = _read_body(known, raw)
-    _require(body, "model", content)
+    body = read_body(known, raw)
+    require(body, "model", content)
     generation = Generation(path, body, _read_control(body))
     _check_limits(generation, config)
     _check_sampling(generation)
@@ -84,8 +84,8 @@ def read_generation(path: str, raw: bytes, config: GatewayConfig) -> Generation:
 
 def read_prediction(raw: bytes) -> Generation:
     """Validate a body of ``/v1/length/predict``: the one-token request whose prompt boundary is wanted."""
-    body = _read_body(PREDICTION, raw)
-    _require(body, "model")
+    body = read_body(PREDICTION, raw)
+    require(body, "model")
     if ("messages" in body) == ("prompt" in body):
         raise InvalidField("messages", "give either messages or prompt")
     if "messages" in body:
@@ -124,7 +124,8 @@ def count_prompts(body: Mapping[str, Any]) -> int:
     return len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
 
 
-def _read_body(known: Mapping[str, Check], raw: bytes) -> dict[str, Any]:
+def read_body(known: Mapping[str, Check], raw: bytes) -> dict[str, Any]:
+    """The body's fields without nulls, each checked. Raises MalformedBody, or an error naming the field."""
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -134,7 +135,8 @@ def _read_body(known: Mapping[str, Check], raw: bytes) -> dict[str, Any]:
     return check_fields(known, body)
 
 
-def _require(body: Mapping[str, Any], *names: str) -> None:
+def require(body: Mapping[str, Any], *names: str) -> None:
+    """Raises InvalidField for the first of the fields that is not given."""
     for name in names:
         if name not in body:
             raise InvalidField(name, "is required")

@@ -11,6 +11,7 @@ import pytest
 
 from lenvm_runtime.default_model import MODEL_NAME, ensure_default_model
 from lenvm_runtime.serve import SHIPPED_HEAD, ServeConfig, Stack, free_port, running_stack
+from sample_lenvm import make_lenvm
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +39,12 @@ def model_name() -> str:
 @pytest.fixture(scope="session")
 def head_folder() -> Path:
     return SHIPPED_HEAD
+
+
+@pytest.fixture(scope="session")
+def lenvm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A separate LenVM in the published format: the default model's weights, the shipped head's value head."""
+    return make_lenvm(tmp_path_factory.mktemp("lenvm"))
 
 
 @pytest.fixture(scope="session")

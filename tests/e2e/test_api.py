@@ -229,6 +229,8 @@ async def test_32_mixed_requests(stack: Stack, async_client: openai.AsyncOpenAI,
         {"length_control": {"mode": "at_least", "target": 30}},
         {"length_control": {"mode": "tilt", "beta": 20}},
         {"length_control": {"mode": "scale", "factor": 0.5}},
+        {"length_control": {"mode": "target_mean", "target": 30}},
+        {"length_control": {"mode": "target_mean", "factor": 0.5, "entropy_threshold": 0.3}},
         {"length_control": {"mode": "equal", "target": 25, "strategy": "hard"}},
         {"length_values": False},
     ]

@@ -1,6 +1,6 @@
-"""Requests without control get SGLang's own tokens: the head's hooks do not disturb sampling.
+"""Requests without control get SGLang's own tokens: the hooks of a head or a separate LenVM do not disturb sampling.
 
-Two fresh engines with the same seed, one without a head, answer the same requests one after the other.
+Fresh engines with the same seed, one without a LenVM, answer the same requests one after the other.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ PARAMETERS: tuple[dict[str, Any], ...] = (
     {"temperature": 0},
 )
 NEUTRAL = build_custom_params(LengthControl("tilt", beta=0.0), values=True)
+SAME_MEAN = build_custom_params(LengthControl("target_mean", factor=1.0, scaling="length"), values=True)
+NEVER_UNSURE_ENOUGH = build_custom_params(LengthControl("equal", target=5, entropy_threshold=20.0), values=True)
 
 
 def answers(head: Path | None, custom_params: list[dict[str, Any] | None]) -> list[list[int]]:
@@ -36,6 +38,7 @@ def answers(head: Path | None, custom_params: list[dict[str, Any] | None]) -> li
         return outputs
 
 
-def test_no_control_and_beta_zero_give_sglangs_own_tokens() -> None:
+def test_no_control_and_neutral_controls_give_sglangs_own_tokens(lenvm_folder: Path) -> None:
     stock = answers(NO_HEAD, [None] * 4)
-    assert stock == answers(None, [None, NEUTRAL, None, NEUTRAL])
+    for lenvm in (None, lenvm_folder):
+        assert stock == answers(lenvm, [None, NEUTRAL, NEVER_UNSURE_ENOUGH, SAME_MEAN])

@@ -16,12 +16,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lenvm_kernels.length_control import Mode, PreferenceKernel, Strategy, steer_candidates
+from lenvm_kernels.length_control import (
+    Mode,
+    PreferenceKernel,
+    Strategy,
+    mean_target,
+    needs_scoring,
+    solve_mean_tilt,
+    steer_candidates,
+)
 from lenvm_kernels.length_value import bin_lengths, length_from_value, value_from_length
 
 GAMMA = 0.997
 KERNEL = PreferenceKernel(
-    equal_short=15.0, equal_long=25.0, at_least_short=10.0, at_most_long=30.0, equal_strength=1.5, bound_strength=2.5
+    equal_short=15.0,
+    equal_long=25.0,
+    at_least_short=10.0,
+    at_most_long=30.0,
+    equal_strength=1.5,
+    bound_strength=2.5,
+    equal_min_eos=0.02,
 )
 GRID = [(b, c, m) for b in (1, 3, 17) for c in (1, 2, 33) for m in (1, 24)]
 CONTROLS = [(mode, strategy) for mode in Mode for strategy in Strategy]
@@ -32,6 +46,7 @@ class Batch:
     """The row-wise arguments of ``steer_candidates``, and the bins."""
 
     candidate_logprobs: torch.Tensor
+    candidate_values: torch.Tensor
     bin_logprobs: torch.Tensor
     eos_mask: torch.Tensor
     num_generated: torch.Tensor
@@ -70,6 +85,7 @@ def make_batch(num_rows: int, num_candidates: int, num_bins: int, seed: int = 0)
     target = torch.randint(1, 300, (num_rows,), generator=generator).float()
     return Batch(
         candidate_logprobs=torch.log_softmax(logits.masked_fill(dropped, -torch.inf), -1),
+        candidate_values=-torch.rand(num_rows, num_candidates, generator=generator),
         bin_logprobs=torch.log_softmax(4 * normal(num_rows, num_candidates, num_bins), -1),
         eos_mask=eos_mask,
         num_generated=(target * torch.rand(num_rows, generator=generator) * 1.5).int(),
@@ -92,7 +108,7 @@ def make_distant_batch() -> Batch:
     batch = with_control(make_batch(3, 33, 24), Mode.EQUAL, Strategy.HARD, target=torch.full((3,), 1e6))
     batch.candidate_logprobs[:, 0] = -torch.inf
     batch.candidate_logprobs[:, 1] = -3.0
-    batch.bin_lengths = 1e4 * batch.bin_lengths
+    batch.candidate_values = torch.full_like(batch.candidate_values, -1.0)
     return batch
 
 
@@ -117,17 +133,18 @@ def expected_row(batch: Batch, i: int) -> list[float]:
     mode, target, beta = int(batch.mode[i]), batch.target[i].item(), batch.beta[i].item()
     end = int(batch.num_generated[i]) + 1
     columns = range(len(given))
-    values = [
-        0.0 if eos[c] else sum(p * -(1 - GAMMA**n) for p, n in zip(bins[c], lengths, strict=True)) for c in columns
-    ]
+    values = [0.0 if eos[c] else batch.candidate_values[i, c].item() for c in columns]
     if mode == Mode.NONE or (mode == Mode.AT_LEAST and end >= target):
         return given
-    if mode == Mode.TILT:
+    if mode >= Mode.TILT:
         weights = [given[c] * math.exp(beta * values[c]) for c in columns]
         return [w / sum(weights) for w in weights]
     left = [c for c in columns if given[c] > 0]
-    if mode == Mode.AT_LEAST and any(not eos[c] for c in left):
-        left = [c for c in left if not eos[c]]
+    least_eos = 1.0 if mode == Mode.AT_LEAST else 0.0
+    if mode == Mode.EQUAL and batch.strategy[i] == Strategy.NATURAL:
+        least_eos = KERNEL.equal_min_eos
+    if any(not eos[c] for c in left):
+        left = [c for c in left if not eos[c] or given[c] >= least_eos]
     if batch.strategy[i] == Strategy.HARD:
         remaining = max(target - end, 0)
         costs = {
@@ -188,8 +205,7 @@ def test_no_control_keeps_every_bit(strategy: Strategy) -> None:
 @given(low=st.floats(-500, 500), step=st.floats(1, 500), seed=st.integers(0, 1000))
 def test_larger_beta_shortens(low: float, step: float, seed: int) -> None:
     batch = make_batch(3, 33, 24, seed)
-    values = batch.bin_logprobs.exp() @ value_from_length(batch.bin_lengths, GAMMA)
-    values = values.masked_fill(batch.eos_mask, 0.0)
+    values = batch.candidate_values.masked_fill(batch.eos_mask, 0.0)
 
     def mean_value(beta: float) -> torch.Tensor:
         return (with_control(batch, Mode.TILT, beta=torch.full((3,), beta)).steer().exp() * values).sum(-1)
@@ -219,7 +235,9 @@ def test_rows_without_candidates_or_with_garbage_bins_never_give_nan(strategy: S
     for mode in Mode:
         batch = with_control(make_batch(3, 33, 24), mode, strategy)
         batch.candidate_logprobs[1] = -torch.inf
-        batch.bin_logprobs[(batch.candidate_logprobs == -torch.inf) | batch.eos_mask] = torch.nan
+        unread = (batch.candidate_logprobs == -torch.inf) | batch.eos_mask
+        batch.bin_logprobs[unread] = torch.nan
+        batch.candidate_values[unread] = torch.nan
         steered = batch.steer()
         assert not steered.isnan().any()
         assert (steered[1] == -torch.inf).all()
@@ -237,10 +255,27 @@ def test_at_least_bars_eos_until_the_target_unless_nothing_else_is_left() -> Non
     assert torch.equal(at_target, batch.candidate_logprobs)
 
 
-def test_eos_ignores_its_bins() -> None:
+def test_equal_ends_only_where_the_model_gives_eos_a_chance() -> None:
+    batch = make_batch(3, 3, 24)
+    batch.eos_mask = torch.tensor([[False, False, True]]).expand(3, -1)
+    least = KERNEL.equal_min_eos
+    batch.candidate_logprobs = torch.log(
+        torch.tensor([[0.5, 0.5 - 0.9 * least, 0.9 * least], [0.5, 0.5 - 1.1 * least, 1.1 * least], [0.0, 0.0, 1.0]])
+    )
+    at_target = dict(target=torch.full((3,), 10.0), num_generated=torch.full((3,), 9))
+    natural = with_control(batch, Mode.EQUAL, **at_target).steer().exp()
+    assert natural[0, 2] == 0
+    assert natural[1, 2] > 1.1 * least
+    assert natural[2, 2] == 1
+    hard = with_control(batch, Mode.EQUAL, Strategy.HARD, **at_target).steer().exp()
+    assert (hard[:, 2] == 1).all()
+
+
+def test_eos_ignores_its_bins_and_value() -> None:
     batch = make_batch(17, 33, 24)
     steered = batch.steer()
     batch.bin_logprobs = torch.where(batch.eos_mask.unsqueeze(-1), torch.randn(24), batch.bin_logprobs)
+    batch.candidate_values[batch.eos_mask] = -0.5
     assert torch.equal(batch.steer(), steered)
 
 
@@ -284,6 +319,7 @@ class Chain:
         bins = torch.cat([after, torch.zeros(self.longest, 1, self.longest)], dim=1)  # EOS column unread
         steered = steer_candidates(
             self.next_probs.log().float().view(rows, -1),
+            torch.zeros(rows, self.words + 1),
             bins.repeat_interleave(self.words, dim=0),
             torch.tensor([[False, False, True]]).expand(rows, -1),
             torch.arange(1, self.longest + 1).float(),
@@ -293,7 +329,7 @@ class Chain:
             torch.full((rows,), target),
             torch.zeros(rows),
             GAMMA,
-            replace(KERNEL, equal_strength=1.0, bound_strength=1.0),
+            replace(KERNEL, equal_strength=1.0, bound_strength=1.0, equal_min_eos=0.0),
         )
         return steered.double().exp().view_as(self.next_probs)
 
@@ -319,52 +355,197 @@ def test_at_least_on_the_chain_ends_no_earlier_than_the_target() -> None:
     assert steered.sum() == pytest.approx(1.0, abs=1e-5)
 
 
+def value_batch(num_rows: int, num_candidates: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The arguments of ``solve_mean_tilt`` but the wanted mean. Values of a row lie within 2^-row of each other."""
+    batch = make_batch(num_rows, num_candidates, 24, seed)
+    scale = 0.5 ** (torch.arange(num_rows).float() % 12).unsqueeze(1)
+    values = -0.4 + 0.4 * scale * batch.candidate_values
+    return batch.candidate_logprobs, values, batch.eos_mask & (torch.arange(num_rows) % 2 == 0).unsqueeze(1)
+
+
+def tilted_probs(logprobs: torch.Tensor, values: torch.Tensor, eos_mask: torch.Tensor, beta: torch.Tensor) -> Any:
+    """p' in double, and the values of its candidates, EOS at 0."""
+    values = values.double().masked_fill(eos_mask, 0.0)
+    return torch.softmax(logprobs.double() + beta.double().unsqueeze(-1) * values, -1), values
+
+
+SHARES = [0.02, 0.3, 0.8, 0.999]
+MEAN_GRID = [(b, c) for b in (1, 3, 17) for c in (1, 2, 33)]
+
+
+def wanted_means(logprobs: torch.Tensor, values: torch.Tensor, eos_mask: torch.Tensor, share: float) -> torch.Tensor:
+    """A mean that the candidates can have: ``share`` of the way from their least to their greatest value."""
+    values = values.masked_fill(eos_mask, 0.0)
+    lowest = values.masked_fill(logprobs == -torch.inf, torch.inf).amin(-1)
+    return lowest + share * (values.masked_fill(logprobs == -torch.inf, -torch.inf).amax(-1) - lowest)
+
+
+MEAN_CASES = [
+    (*value_batch(*shape), wanted_means(*value_batch(*shape), share)) for shape in MEAN_GRID for share in SHARES[1::2]
+]
+
+
+@pytest.mark.parametrize("shape", MEAN_GRID, ids=str)
+@pytest.mark.parametrize("share", SHARES)
+def test_solved_tilt_has_the_wanted_mean(shape: tuple[int, int], share: float) -> None:
+    arguments = value_batch(*shape)
+    wanted = wanted_means(*arguments, share)
+    beta = solve_mean_tilt(*arguments, wanted)
+    assert beta.shape == shape[:1]
+    probs, values = tilted_probs(*arguments, beta)
+    lowest, highest = wanted_means(*arguments, 0.0), wanted_means(*arguments, 1.0)
+    error = ((probs * values).sum(-1) - wanted).abs()
+    assert (error <= 2e-4 * (highest - lowest) + 1e-7).all()
+    assert (beta[highest == lowest] == 0).all()
+
+
+def test_steering_with_the_solved_beta_gives_the_mean_too() -> None:
+    batch = with_control(make_batch(17, 33, 24), Mode.MEAN_TARGET)
+    arguments = (batch.candidate_logprobs, batch.candidate_values, batch.eos_mask)
+    wanted = wanted_means(*arguments, 0.7)
+    batch.beta = solve_mean_tilt(*arguments, wanted)
+    values = batch.candidate_values.masked_fill(batch.eos_mask, 0.0)
+    torch.testing.assert_close((batch.steer().exp() * values).sum(-1), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("strategy", list(Strategy))
+def test_unreachable_means_lead_to_the_extreme_candidate(strategy: Strategy) -> None:
+    batch = with_control(make_batch(17, 33, 24), Mode.MEAN_TARGET, strategy)
+    arguments = (batch.candidate_logprobs, batch.candidate_values, batch.eos_mask)
+    values = batch.candidate_values.masked_fill(batch.eos_mask, 0.0)
+    candidate = batch.candidate_logprobs > -torch.inf
+    for wanted, extreme in (
+        (-1.0, values.masked_fill(~candidate, torch.inf).amin(-1)),
+        (0.0, values.masked_fill(~candidate, -torch.inf).amax(-1)),
+    ):
+        batch.beta = solve_mean_tilt(*arguments, torch.full((17,), wanted))
+        steered = batch.steer()
+        torch.testing.assert_close((steered.exp() * values).sum(-1), extreme, atol=1e-5, rtol=0)
+
+
+def test_solved_rows_alone_equal_those_of_a_batch_bitwise() -> None:
+    arguments = value_batch(17, 33)
+    wanted = wanted_means(*arguments, 0.4)
+    together = solve_mean_tilt(*arguments, wanted)
+    for i in range(17):
+        row = tuple(x[i : i + 1] for x in (*arguments, wanted))
+        assert torch.equal(solve_mean_tilt(*row)[0], together[i])
+
+
+def test_a_solved_row_without_candidates_or_with_garbage_values_is_finite() -> None:
+    logprobs, values, eos_mask = value_batch(3, 33)
+    logprobs[1] = -torch.inf
+    values[(logprobs == -torch.inf) | eos_mask] = torch.nan
+    beta = solve_mean_tilt(logprobs, values, eos_mask, torch.full((3,), -0.4))
+    assert beta.isfinite().all()
+    assert beta[1] == 0
+
+
+def test_mean_targets_follow_their_definitions() -> None:
+    logprobs = torch.log(torch.tensor([[0.5, 0.25, 0.25, 0.0]])).expand(4, -1)
+    values = torch.tensor([[-0.2, -0.4, -0.9, torch.nan]]).expand(4, -1)
+    eos_mask = torch.tensor([[False, False, True, False]]).expand(4, -1)
+    mode = torch.tensor([Mode.MEAN_TARGET, Mode.MEAN_TARGET, Mode.MEAN_LENGTH_FACTOR, Mode.MEAN_VALUE_FACTOR])
+    generated, target = torch.tensor([9, 30, 9, 9]), torch.tensor([30.0, 30.0, 1.0, 1.0])
+    factor = torch.tensor([1.0, 1.0, 0.5, 2.0])
+    wanted = mean_target(logprobs, values, eos_mask, generated, mode, target, factor, GAMMA)
+    mean = 0.5 * -0.2 + 0.25 * -0.4
+    halved = value_from_length(0.5 * length_from_value(mean, GAMMA), GAMMA)
+    assert wanted.tolist() == pytest.approx([value_from_length(20.0, GAMMA), 0.0, halved, 2 * mean], abs=1e-6)
+
+
+def test_value_factor_never_asks_for_less_than_the_least_value() -> None:
+    logprobs, values = torch.zeros(1, 1), torch.full((1, 1), -0.4)
+    mode, one = torch.tensor([Mode.MEAN_VALUE_FACTOR]), torch.ones(1)
+    wanted = mean_target(logprobs, values, values > 0, one.int(), mode, one, 100 * one, GAMMA)
+    assert -1.0 < wanted.item() < -0.999
+
+
+def test_scoring_is_skipped_where_it_cannot_matter_or_is_not_wanted() -> None:
+    even = [math.log(0.5), math.log(0.5), -math.inf]
+    sure = [math.log(0.99), math.log(0.01), -math.inf]
+    rows = [
+        (even, Mode.EQUAL, 0.0, 0.0, True),
+        ([0.0, -math.inf, -math.inf], Mode.EQUAL, 0.0, 0.0, False),  # a single candidate
+        (even, Mode.NONE, 0.0, 0.0, False),
+        (even, Mode.TILT, 0.0, 0.0, False),
+        (even, Mode.TILT, 3.0, 0.0, True),
+        (even, Mode.MEAN_TARGET, 0.0, 0.0, True),
+        (even, Mode.EQUAL, 0.0, 0.69, True),  # entropy log 2 = 0.6931
+        (even, Mode.EQUAL, 0.0, 0.70, False),
+        (sure, Mode.EQUAL, 0.0, 0.05, True),  # entropy 0.0560
+        (sure, Mode.EQUAL, 0.0, 0.06, False),
+        ([-math.inf] * 3, Mode.EQUAL, 0.0, 0.0, False),
+    ]
+    logprobs, modes, betas, thresholds, expected = (list(column) for column in zip(*rows, strict=True))
+    needed = needs_scoring(
+        torch.tensor(logprobs), torch.tensor(modes), torch.tensor(betas), torch.tensor(thresholds, dtype=torch.float32)
+    )
+    assert needed.tolist() == expected
+
+
 def test_nothing_is_read_back_to_the_host() -> None:
     """Meta tensors hold no data: reading one, or a shape that depends on data, raises."""
-    assert make_batch(17, 33, 24).to("meta").steer().shape == (17, 33)
+    batch = make_batch(17, 33, 24).to("meta")
+    assert batch.steer().shape == (17, 33)
+    arguments = (batch.candidate_logprobs, batch.candidate_values, batch.eos_mask)
+    wanted = mean_target(*arguments, batch.num_generated, batch.mode, batch.target, batch.beta, GAMMA)
+    assert solve_mean_tilt(*arguments, wanted).shape == (17,)
+    assert needs_scoring(batch.candidate_logprobs, batch.mode, batch.beta, batch.beta).shape == (17,)
 
 
 @pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> list[torch.Tensor]:
-    """The Triton kernel's answers to CASES, from a process in which Triton interprets its kernels."""
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[torch.Tensor]]:
+    """The Triton kernels' answers to CASES and MEAN_CASES, from a process in which Triton interprets them."""
     folder: Path = tmp_path_factory.mktemp("interpreted")
-    torch.save([case.arguments() for case in CASES], folder / "cases.pt")
+    torch.save({"steer": [case.arguments() for case in CASES], "solve": MEAN_CASES}, folder / "cases.pt")
     script = f"""
 import torch
 from lenvm_kernels.length_control import PreferenceKernel
-from lenvm_kernels.length_control_triton import steer_candidates
+from lenvm_kernels.length_control_triton import solve_mean_tilt, steer_candidates
 cases = torch.load("cases.pt")
-torch.save([steer_candidates(**case, gamma={GAMMA}, kernel={KERNEL}) for case in cases], "steered.pt")
+steered = [steer_candidates(**case, gamma={GAMMA}, kernel={KERNEL}) for case in cases["steer"]]
+torch.save({{"steer": steered, "solve": [solve_mean_tilt(*case) for case in cases["solve"]]}}, "answers.pt")
 """
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", script], cwd=folder, env=env, check=True, timeout=300)
-    steered: list[torch.Tensor] = torch.load(folder / "steered.pt")
-    return steered
+    answers: dict[str, list[torch.Tensor]] = torch.load(folder / "answers.pt")
+    return answers
 
 
 @pytest.mark.parametrize("index", range(len(CASES)))
-def test_triton_kernel_equals_the_reference(index: int, interpreted: list[torch.Tensor]) -> None:
+def test_triton_kernel_equals_the_reference(index: int, interpreted: dict[str, list[torch.Tensor]]) -> None:
     """float32 sums in another order: 1e-5 relative on log-probabilities of tens of nats."""
-    case, steered = CASES[index], interpreted[index]
+    case, steered = CASES[index], interpreted["steer"][index]
     torch.testing.assert_close(steered, case.steer(), atol=2e-5, rtol=1e-5)
     idle = case.mode == Mode.NONE
     assert torch.equal(steered[idle], case.candidate_logprobs[idle])
 
 
-def test_triton_kernel_compiles_for_a_gpu_without_one() -> None:
+@pytest.mark.parametrize("index", range(len(MEAN_CASES)))
+def test_triton_solver_equals_the_reference(index: int, interpreted: dict[str, list[torch.Tensor]]) -> None:
+    """Of two betas, the distributions count: far from the root a mean hardly moves with beta."""
+    *arguments, wanted = MEAN_CASES[index]
+    found, _ = tilted_probs(*arguments, interpreted["solve"][index])
+    expected, _ = tilted_probs(*arguments, solve_mean_tilt(*arguments, wanted))
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+    assert (interpreted["solve"][index].isfinite()).all()
+
+
+def test_triton_kernels_compile_for_a_gpu_without_one() -> None:
     """The interpreter accepts what the compiler refuses: compile to machine code for compute capability 9.0."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from lenvm_kernels.length_control_triton import _steer_row
+    from lenvm_kernels.length_control_triton import _solve_row, _steer_row
 
-    blocks = {"BLOCK_C": 32, "BLOCK_M": 32}
-    types = dict.fromkeys(_steer_row.arg_names, "fp32")
-    types |= {name: "*fp32" for name in types if name.endswith("_ptr")} | dict.fromkeys(blocks, "constexpr")
-    types |= dict.fromkeys(["num_generated_ptr", "mode_ptr", "strategy_ptr"], "*i32")
-    types |= {"eos_mask_ptr": "*i1", "num_candidates": "i32", "num_bins": "i32"}
-    source = ASTSource(fn=_steer_row, signature=types, constexprs=blocks)
-    assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+    integers = {"num_generated_ptr", "mode_ptr", "strategy_ptr"}
+    for kernel, blocks in ((_steer_row, {"BLOCK_C": 32, "BLOCK_M": 32}), (_solve_row, {"BLOCK_C": 32})):
+        types = dict.fromkeys(kernel.arg_names, "fp32") | dict.fromkeys(blocks, "constexpr")
+        types |= {name: "*i32" if name in integers else "*fp32" for name in types if name.endswith("_ptr")}
+        types |= {"eos_mask_ptr": "*i1"} | dict.fromkeys(types.keys() & {"num_candidates", "num_bins"}, "i32")
+        source = ASTSource(fn=kernel, signature=types, constexprs=blocks)
+        assert compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
 
 
 @pytest.mark.gpu
@@ -376,3 +557,14 @@ def test_triton_kernel_on_the_device_equals_the_reference(index: int) -> None:
     torch.testing.assert_close(together.cpu(), CASES[index].steer(), atol=1e-4, rtol=1e-4)
     for i in range(together.shape[0]):
         assert torch.equal(on_device.row(i).steer()[0], together[i])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("index", range(len(MEAN_CASES)))
+def test_triton_solver_on_the_device_equals_the_reference(index: int) -> None:
+    *arguments, wanted = MEAN_CASES[index]
+    beta = solve_mean_tilt(*(x.cuda() for x in MEAN_CASES[index]))
+    found, _ = tilted_probs(*arguments, beta.cpu())
+    expected, _ = tilted_probs(*arguments, solve_mean_tilt(*arguments, wanted))
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lenvm_kernels import cpp_library, paged_attention_cpp, paged_attention_torch
 from lenvm_kernels import paged_attention as contract
-from lenvm_kernels import paged_attention_cpp, paged_attention_torch
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 BACKENDS = {"torch": paged_attention_torch.paged_attention, "cpp": paged_attention_cpp.paged_attention}
@@ -78,8 +78,8 @@ def check(backend, batch, *, tolerance=None, causal=True, window=None, logit_cap
 @pytest.fixture
 def compiler():
     try:
-        return paged_attention_cpp.find_compiler()
-    except paged_attention_cpp.KernelUnavailableError as error:
+        return cpp_library.find_compiler()
+    except cpp_library.KernelUnavailableError as error:
         pytest.skip(str(error))
 
 
@@ -179,44 +179,42 @@ def test_result_does_not_depend_on_neighbours_or_threads(compiler, dtype, num_qu
 
 def test_dispatch_takes_the_kernel_where_it_can(monkeypatch):
     calls = []
-    monkeypatch.setattr(paged_attention_cpp, "load", lambda: None)
+    monkeypatch.setattr(cpp_library, "available", lambda _source: True)
     monkeypatch.setattr(paged_attention_cpp, "paged_attention", lambda *args, **options: calls.append("cpp"))
     monkeypatch.setattr(paged_attention_torch, "paged_attention", lambda *args, **options: calls.append("torch"))
-    contract.kernel_available.cache_clear()
-    try:
-        for dtype in (torch.bfloat16, torch.float32, torch.float16):
-            contract.paged_attention(*make_batch([5], [1], 2, 1, 64, dtype), scale=1.0)
-    finally:
-        contract.kernel_available.cache_clear()
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        contract.paged_attention(*make_batch([5], [1], 2, 1, 64, dtype), scale=1.0)
     assert calls == ["cpp", "cpp", "torch"]
 
 
+@pytest.fixture
+def no_library_loaded():
+    """No library is remembered from before, and none is left behind."""
+    caches = (cpp_library.load, cpp_library.available, paged_attention_cpp.load)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.usefixtures("no_library_loaded")
 def test_missing_compiler_is_logged_and_torch_runs(monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    paged_attention_cpp.load.cache_clear()
-    contract.kernel_available.cache_clear()
-    try:
-        batch = make_batch([5, 70], [1, 1], 2, 1, 64, torch.float32)
-        out = contract.paged_attention(*batch, scale=0.125)
-        contract.paged_attention(*batch, scale=0.125)
-    finally:
-        paged_attention_cpp.load.cache_clear()
-        contract.kernel_available.cache_clear()
+    batch = make_batch([5, 70], [1, 1], 2, 1, 64, torch.float32)
+    out = contract.paged_attention(*batch, scale=0.125)
+    contract.paged_attention(*batch, scale=0.125)
     assert torch.equal(out, paged_attention_torch.paged_attention(*batch, scale=0.125))
     assert [record.message.count("no-such-compiler") for record in caplog.records] == [1]
 
 
-def test_failed_build_says_why(compiler, monkeypatch, tmp_path):
+@pytest.mark.usefixtures("compiler")
+def test_failed_build_says_why(monkeypatch, tmp_path):
     source = tmp_path / "broken.cpp"
     source.write_text("this is not C++")
-    monkeypatch.setattr(paged_attention_cpp, "SOURCE", source)
     monkeypatch.setenv("LENVM_CACHE_DIR", str(tmp_path))
-    paged_attention_cpp.load.cache_clear()
-    try:
-        with pytest.raises(paged_attention_cpp.KernelUnavailableError, match=r"broken\.cpp"):
-            paged_attention_cpp.load()
-    finally:
-        paged_attention_cpp.load.cache_clear()
+    with pytest.raises(cpp_library.KernelUnavailableError, match=r"broken\.cpp"):
+        cpp_library.load(source)
     assert not list(Path(tmp_path).rglob("*.so"))
 
 

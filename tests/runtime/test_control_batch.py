@@ -6,6 +6,7 @@ import random
 
 import torch
 
+from lenvm_kernels.length_control import Mode
 from lenvm_runtime.control_batch import ControlBatch, merge
 from lenvm_runtime.length_control import LengthControl
 
@@ -16,11 +17,14 @@ CHOICES = (
     LengthControl("at_most", target=9, strategy="hard"),
     LengthControl("scale", factor=0.5),
     LengthControl("tilt", beta=3.0),
+    LengthControl("target_mean", target=8, entropy_threshold=0.5),
+    LengthControl("target_mean", factor=2.0, scaling="value"),
+    LengthControl("target_mean", factor=0.5, scaling="length"),
 )
 
 
 def build(rows: list[tuple[LengthControl | None, int]]) -> ControlBatch | None:
-    return ControlBatch.build([c for c, _ in rows], [p for _, p in rows], [p % 2 == 0 for _, p in rows], "cpu")
+    return ControlBatch.build([c for c, _ in rows], [p for _, p in rows], [p for _, p in rows], "cpu")
 
 
 def assert_equal(batch: ControlBatch | None, rows: list[tuple[LengthControl | None, int]]) -> None:
@@ -29,9 +33,11 @@ def assert_equal(batch: ControlBatch | None, rows: list[tuple[LengthControl | No
         assert batch is expected is None
         return
     assert batch.guided == expected.guided
+    assert batch.mean == expected.mean
+    assert batch.max_candidates == expected.max_candidates
     guided = expected.rows
     assert torch.equal(batch.rows, guided)
-    for name in ("mode", "strategy", "target", "factor", "beta", "prompt_len", "greedy"):
+    for name in ("mode", "strategy", "target", "factor", "beta", "entropy_threshold", "prompt_len"):
         assert torch.equal(getattr(batch, name)[guided], getattr(expected, name)[guided]), name
     assert torch.equal(batch.mode, expected.mode)
 
@@ -55,3 +61,16 @@ def test_random_filters_and_merges_keep_rows_aligned() -> None:
 def test_a_batch_without_control_costs_nothing() -> None:
     assert build([(None, 3), (LengthControl("tilt", beta=0.0), 4)]) is None
     assert merge(None, None, 2, 3, "cpu") is None
+
+
+def test_guided_rows_are_those_under_control_with_their_own_targets() -> None:
+    controls = (LengthControl("equal", target=7), None, LengthControl("scale", factor=0.5), CHOICES[-2], CHOICES[-1])
+    batch = build([(control, 3) for control in controls])
+    assert batch is not None
+    rows = batch.guided_rows(torch.tensor([1, 2, 3, 4, 5]), torch.tensor([11.0, 12.0, 13.0, 14.0, 15.0]))
+    assert rows.mode.tolist() == [Mode.EQUAL, Mode.EQUAL, Mode.MEAN_VALUE_FACTOR, Mode.MEAN_LENGTH_FACTOR]
+    assert rows.target.tolist() == [7.0, 13.0, 1.0, 1.0]
+    assert rows.factor.tolist() == [0.0, 0.5, 2.0, 0.5]
+    assert rows.generated.tolist() == [1, 3, 4, 5]
+    assert rows.has_mean
+    assert not batch.filter([0, 2], torch.tensor([0, 2])).guided_rows(rows.mode, rows.target).has_mean  # type: ignore[union-attr]

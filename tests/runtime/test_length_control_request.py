@@ -22,8 +22,16 @@ CONTROLS = st.one_of(
         target=st.integers(1, 10_000),
         strategy=st.sampled_from(["natural", "hard"]),
     ),
-    st.builds(LengthControl, st.just("tilt"), beta=st.floats(-1000, 1000)),
+    st.builds(LengthControl, st.just("tilt"), beta=st.floats(-1000, 1000), entropy_threshold=st.floats(0, 20)),
     st.builds(LengthControl, st.just("scale"), factor=st.floats(0.01, 100)),
+    st.builds(LengthControl, st.just("target_mean"), target=st.integers(1, 10_000)),
+    st.builds(
+        LengthControl,
+        st.just("target_mean"),
+        factor=st.floats(0.01, 100),
+        scaling=st.sampled_from(["length", "value"]),
+        entropy_threshold=st.floats(0, 20),
+    ),
 )
 
 
@@ -64,6 +72,19 @@ def test_max_length_hint_is_short_for_at_most() -> None:
         ({"length_control": {"mode": "scale", "factor": 0}}, "length_control.factor"),
         ({"length_control": {"mode": "equal", "target": 5, "strategy": "soft"}}, "length_control.strategy"),
         ({"length_control": {"mode": "equal", "target": 5, "x": 1}}, "length_control.x"),
+        ({"length_control": {"mode": "target_mean"}}, "length_control.target"),
+        ({"length_control": {"mode": "target_mean", "target": 5, "factor": 2}}, "length_control.factor"),
+        ({"length_control": {"mode": "target_mean", "beta": 2}}, "length_control.beta"),
+        ({"length_control": {"mode": "target_mean", "factor": 0}}, "length_control.factor"),
+        ({"length_control": {"mode": "target_mean", "factor": 2, "scaling": "log"}}, "length_control.scaling"),
+        ({"length_control": {"mode": "target_mean", "target": 2, "scaling": "value"}}, "length_control.scaling"),
+        ({"length_control": {"mode": "scale", "factor": 2, "scaling": "value"}}, "length_control.scaling"),
+        ({"length_control": {"mode": "target_mean", "target": 5, "strategy": "hard"}}, "length_control.strategy"),
+        (
+            {"length_control": {"mode": "equal", "target": 5, "entropy_threshold": -1}},
+            "length_control.entropy_threshold",
+        ),
+        ({"length_control": {"mode": "equal", "target": 5, "min_value": -0.5}}, "length_control.min_value"),
     ],
 )
 def test_unusable_fields_are_named(body: dict[str, Any], field: str) -> None:
@@ -72,7 +93,15 @@ def test_unusable_fields_are_named(body: dict[str, Any], field: str) -> None:
     assert caught.value.field == field
 
 
-def test_beta_zero_is_neutral() -> None:
+def test_a_factor_of_the_mean_is_of_the_length_unless_told_otherwise() -> None:
+    control = LengthControl.parse({"mode": "target_mean", "factor": 2})
+    assert control == LengthControl("target_mean", factor=2.0, scaling="length")
+    assert control.to_dict() == {"mode": "target_mean", "factor": 2.0, "scaling": "length"}
+
+
+def test_beta_zero_and_an_unchanged_mean_are_neutral() -> None:
     assert LengthControl("tilt", beta=0.0).is_neutral
+    assert LengthControl("target_mean", factor=1.0, scaling="value").is_neutral
+    assert not LengthControl("target_mean", target=1).is_neutral
     assert not LengthControl("tilt", beta=0.1).is_neutral
     assert not LengthControl("at_most", target=1).is_neutral

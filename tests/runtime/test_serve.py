@@ -91,4 +91,4 @@ def test_a_failing_plugin_ends_the_engine_with_a_clear_message() -> None:
     )
     assert result.returncode != 0
     assert "lenvm: the SGLang plugin cannot start" in result.stderr
-    assert "lenvm_config.json" in result.stderr
+    assert "/no/such/head: no such folder" in result.stderr

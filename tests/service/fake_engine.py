@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import orjson
 
 MODEL = "smol/model"
 DONE = b"data: [DONE]\n\n"
-Step = bytes | float | Exception
+Step = bytes | float | threading.Event | Exception
 
 
 def event(payload: dict[str, Any]) -> bytes:
@@ -63,7 +64,8 @@ def completion(**lenvm: Any) -> dict[str, Any]:
 
 
 class Script(httpx.AsyncByteStream):
-    """Plays its steps: bytes are sent, numbers are seconds of silence, exceptions break the connection."""
+    """Plays its steps: bytes are sent, numbers are seconds of silence, events are waited for, exceptions break the
+    connection."""
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self.steps = steps
@@ -76,6 +78,8 @@ class Script(httpx.AsyncByteStream):
                 raise step
             if isinstance(step, bytes):
                 yield step
+            elif isinstance(step, threading.Event):
+                await asyncio.to_thread(step.wait, 60)
             else:
                 await asyncio.sleep(step)
         self.exhausted = True

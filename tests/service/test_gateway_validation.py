@@ -121,6 +121,12 @@ BAD_FIELDS = [
     ("length_control.beta", {"length_control": {"mode": "equal", "target": 5, "beta": 1}}),
     ("length_control.beta", {"length_control": {"mode": "tilt"}}),
     ("length_control.factor", {"length_control": {"mode": "scale", "factor": 0}}),
+    ("length_control.target", {"length_control": {"mode": "target_mean"}}),
+    ("length_control.factor", {"length_control": {"mode": "target_mean", "target": 5, "factor": 2}}),
+    ("length_control.scaling", {"length_control": {"mode": "target_mean", "factor": 2, "scaling": "square"}}),
+    ("length_control.entropy_threshold", {"length_control": {**EQUAL, "entropy_threshold": -0.5}}),
+    ("length_control.entropy_threshold", {"length_control": {**EQUAL, "entropy_threshold": "low"}}),
+    ("length_control.target", {"max_tokens": 9, "length_control": {"mode": "target_mean", "target": 10}}),
     ("length_control.speed", {"length_control": {"mode": "equal", "target": 5, "speed": 1}}),
     ("length_values", {"length_values": "yes"}),
     ("ignore_eos", {"ignore_eos": True, "max_length_hint": 50}),
@@ -216,6 +222,11 @@ async def test_good_fields_reach_the_engine_as_they_are(engine, gateway, fields)
             True,
         ),
         ({"length_control": {"mode": "tilt", "beta": 0}, "ignore_eos": True}, LengthControl("tilt", beta=0.0), True),
+        (
+            {"length_control": {"mode": "target_mean", "factor": 0.5, "entropy_threshold": 0.2}},
+            LengthControl("target_mean", factor=0.5, scaling="length", entropy_threshold=0.2),
+            True,
+        ),
     ],
 )
 async def test_control_reaches_the_engine_in_custom_params_only(engine, gateway, fields, control, values):

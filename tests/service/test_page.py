@@ -15,7 +15,7 @@ import httpx
 import pytest
 import uvicorn
 
-from fake_engine import DONE, ERROR_EVENT, FakeEngine, chunk, json_response, usage
+from fake_engine import DONE, ERROR_EVENT, FakeEngine, Step, chunk, json_response, usage
 from lenvm_service.app import build_app
 from lenvm_service.config import GatewayConfig
 
@@ -31,16 +31,16 @@ WORDS = (
 GAMMA = 0.997
 
 
-def story(num_seconds: float = 0.0, ended: str = "natural", applied: dict | None = None) -> list[bytes | float]:
+def story(ended: str = "natural", applied: dict | None = None) -> list[Step]:
     """A stream of this story: values from a remaining length that is predicted too long at first."""
     words = [word + " " for word in WORDS.split(" ")]
-    steps: list[bytes | float] = []
+    steps: list[Step] = []
     for i, word in enumerate(words):
         remaining = (len(words) - i) * (1.35 - 0.35 * i / len(words) + 0.1 * math.sin(i / 4))
         numbers = {"values": [GAMMA**remaining - 1], "remaining": [remaining]}
         if i == 0:
             numbers["prediction"] = {"expected": 92.4, "interval": [41, 160]}
-        steps += [chunk(word, **numbers), num_seconds / len(words)]
+        steps.append(chunk(word, **numbers))
     steps += [chunk("", values=[-0.0005], remaining=[0.2]), chunk("", finish="stop", applied=applied, ended=ended)]
     return [*steps, usage(12, len(words) + 1), DONE]
 
@@ -106,7 +106,8 @@ def wait_end(page) -> None:
 
 
 def test_answer_streams_shaded_with_its_figures(site, page):
-    site.engine.play(*story(1.0))
+    seen, events = threading.Event(), story()
+    site.engine.play(*events[:30], seen, *events[30:])
     ask(page)
     page.wait_for_selector(".token >> nth=25")
     assert page.is_disabled("#send")
@@ -114,6 +115,7 @@ def test_answer_streams_shaded_with_its_figures(site, page):
     assert page.text_content("#remaining").startswith("about ")
     assert page.text_content("#time-left").endswith("s")
     site.shoot(page, "streaming")
+    seen.set()
     wait_end(page)
     assert page.text_content("#answer").strip().removesuffix("end").strip() == WORDS
     num_tokens = len(WORDS.split(" ")) + 1

@@ -1,0 +1,249 @@
+"""The CPU engine against SGLang's own CPU attention and against llama.cpp's server, on the default model.
+
+Decode: tokens/s at several numbers of requests and lengths of context, stock SGLang (``torch_native`` attention, this
+project's plugin left out, its platform class kept, without which SGLang does not start here) and ours. The prompts are
+in the prefix cache when the clock starts, so that next to all of the time is decoding. Rounds alternate; engines that
+are not asked are idle.
+
+llama.cpp: the OpenAI server of llama-cpp-python on the GGUF file that our bf16 folder is made from, whole requests
+with short prompts, prefill included. That server answers one request at a time; it runs with 1 and with 2 threads, and
+the better counts. Its environment is built once, in the user's cache (a few minutes).
+
+Checked first: greedy tokens of the two SGLang engines are the same, or part at a near tie of the stock engine's logits.
+Peak memory is the sum of the processes' high-water marks of resident memory.
+
+    python benchmarks/bench_cpu_engine.py [--quick] [--json FILE] [--no-llamacpp]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import httpx
+import psutil
+
+from lenvm_runtime import default_model
+from lenvm_runtime.serve import NO_HEAD, ServeConfig, free_port, running_engine
+
+LLAMACPP = "llama-cpp-python[server]==0.3.36"
+VOCABULARY = 40_000
+NEAR_TIE_NATS = 0.25  # two steps of a bf16 logit near 20
+NUM_CHECKED, CHECKED_TOKENS = 8, 24
+WORDS = "the cat river stone green music window paper under seven quiet mountain garden yellow morning".split()
+QUICK = {(1, 300): 32, (8, 300): 16, (32, 300): 16, (96, 300): 8}
+FULL = {(n, length): tokens for n, tokens in ((1, 64), (8, 32), (32, 24), (96, 12)) for length in (32, 300, 1000)}
+LLAMACPP_REQUESTS = (1, 8, 32)
+LLAMACPP_TOKENS = 48
+
+
+def main() -> int:
+    """Run and print the figures; exit status 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="at most 8 minutes on 2 cores, llama.cpp's build aside")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--no-llamacpp", action="store_true", help="leave llama.cpp out")
+    parsed = parser.parse_args()
+    cells, rounds = (QUICK, 1) if parsed.quick else (FULL, 2)
+    python = None if parsed.no_llamacpp else llamacpp_python()
+    capacity = str(max(n * (length + tokens + 16) for (n, length), tokens in cells.items()) + 4096)
+    with sglang(stock=True, capacity=capacity) as stock, sglang(stock=False, capacity=capacity) as ours:
+        figures = asyncio.run(measure_decode({"torch_native": stock[1], "ours": ours[1]}, cells, rounds))
+        figures |= memory_figures({"torch_native": stock[0], "ours": ours[0]})
+        if python is not None:
+            figures |= compare_llamacpp(python, ours[1])
+    for name, value in figures.items():
+        print(f"{name:44s} {value:.4f}")
+    if parsed.json:
+        parsed.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+@contextmanager
+def sglang(stock: bool, capacity: str) -> Iterator[tuple[int, str]]:
+    """An engine without a head: its process id and address."""
+    arguments: tuple[str, ...] = ("--max-total-tokens", capacity, "--max-running-requests", "96")
+    environment = {}
+    if stock:
+        arguments += ("--attention-backend", "torch_native")
+        environment["SGLANG_PLUGINS"] = "lenvm_cpu"  # the platform alone
+    with (
+        patch.dict(os.environ, environment),
+        running_engine(ServeConfig("127.0.0.1", 8000, None, NO_HEAD, arguments)) as (process, url),
+    ):
+        yield process.pid, url
+
+
+async def measure_decode(urls: dict[str, str], cells: dict[tuple[int, int], int], rounds: int) -> dict[str, float]:
+    """Tokens/s of every engine and cell, and the ratios."""
+    figures: dict[str, float] = {}
+    async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=96)) as client:
+        figures["greedy_equal_share"] = await check_greedy(client, urls["torch_native"], urls["ours"])
+        for (num_requests, length), num_tokens in cells.items():
+            prompts = [make_ids(length, index) for index in range(num_requests)]
+            times = dict.fromkeys(urls, 0.0)
+            for url in urls.values():
+                await run_batch(client, url, prompts, 1)
+            for _ in range(rounds):
+                for name, url in urls.items():
+                    times[name] += await run_batch(client, url, prompts, num_tokens)
+            for name, elapsed in times.items():
+                figures[f"{name}_{num_requests}x{length}_tokens_per_s"] = rounds * num_requests * num_tokens / elapsed
+            ratio = times["torch_native"] / times["ours"]
+            figures[f"ours_over_torch_native_{num_requests}x{length}"] = ratio
+            print(f"{num_requests} x {length}: ours / torch_native {ratio:.2f}", file=sys.stderr, flush=True)
+    figures["ours_over_torch_native_1"] = figures["ours_over_torch_native_1x300"]
+    return figures
+
+
+async def run_batch(client: httpx.AsyncClient, url: str, prompts: list[list[int]], num_tokens: int) -> float:
+    """Seconds for one answer of exactly ``num_tokens`` to each prompt, all at once."""
+    started = time.perf_counter()
+    answers = await asyncio.gather(*(generate(client, url, prompt, num_tokens) for prompt in prompts))
+    elapsed = time.perf_counter() - started
+    assert all(len(answer["output_ids"]) == num_tokens for answer in answers), "an answer has another length"
+    return elapsed
+
+
+async def check_greedy(client: httpx.AsyncClient, stock_url: str, our_url: str) -> float:
+    """Share of prompts with the same greedy tokens; stops where a difference is no near tie."""
+    same = 0
+    for index in range(NUM_CHECKED):
+        prompt = make_ids(40 + 37 * index, 1000 + index)
+        stock, ours = [
+            await generate(client, url, prompt, CHECKED_TOKENS, return_logprob=True, top_logprobs_num=2)
+            for url in (stock_url, our_url)
+        ]
+        pairs = zip(stock["output_ids"], ours["output_ids"], strict=True)
+        parted = next((step for step, (a, b) in enumerate(pairs) if a != b), None)
+        if parted is None:
+            same += 1
+            continue
+        first, second = stock["meta_info"]["output_top_logprobs"][parted]
+        assert second[1] == ours["output_ids"][parted], "the engines part at a token that was not the runner-up"
+        assert first[0] - second[0] <= NEAR_TIE_NATS, f"the engines part without a tie: {first} {second}"
+    return same / NUM_CHECKED
+
+
+async def generate(client: httpx.AsyncClient, url: str, prompt: list[int], num_tokens: int, **options: Any) -> Any:
+    """A greedy answer of exactly ``num_tokens``."""
+    sampling = {"temperature": 0.0, "max_new_tokens": num_tokens, "ignore_eos": True}
+    response = await client.post(f"{url}/generate", json={"input_ids": prompt, "sampling_params": sampling, **options})
+    response.raise_for_status()
+    return response.json()
+
+
+def make_ids(length: int, seed: int) -> list[int]:
+    """A prompt of its own, ``length`` tokens."""
+    return [(seed * 7919 + position * 104_729) % VOCABULARY + 10 for position in range(length)]
+
+
+def memory_figures(processes: dict[str, int]) -> dict[str, float]:
+    """Peak resident memory of each engine's processes in GB, and the ratio."""
+    peaks = {name: peak_memory(pid) for name, pid in processes.items()}
+    figures = {f"{name}_peak_rss_gb": peak / 1e9 for name, peak in peaks.items()}
+    return figures | {"ours_over_torch_native_peak_rss": peaks["ours"] / peaks["torch_native"]}
+
+
+def peak_memory(pid: int) -> int:
+    """Sum of the high-water marks of a process and its descendants, in bytes."""
+    root = psutil.Process(pid)
+    statuses = [Path(f"/proc/{process.pid}/status").read_text() for process in (root, *root.children(recursive=True))]
+    lines = [line for status in statuses for line in status.splitlines() if line.startswith("VmHWM")]
+    return sum(int(line.split()[1]) * 1024 for line in lines)
+
+
+def compare_llamacpp(python: Path, our_url: str) -> dict[str, float]:
+    """Whole requests of LLAMACPP_TOKENS greedy tokens: tokens/s of both servers, and the ratios."""
+    ours = asyncio.run(measure_completions(our_url, default_model.MODEL_NAME, {"ignore_eos": True}))
+    theirs: dict[int, float] = {}
+    for num_threads in (1, 2):
+        with llamacpp_server(python, num_threads) as url:
+            measured = asyncio.run(measure_completions(url, "model", {"min_tokens": LLAMACPP_TOKENS}))
+        print(f"llama.cpp with {num_threads} threads: {measured}", file=sys.stderr, flush=True)
+        theirs = {n: max(rate, theirs.get(n, 0.0)) for n, rate in measured.items()}
+    figures: dict[str, float] = {}
+    for n in LLAMACPP_REQUESTS:
+        figures |= {f"ours_{n}_whole_tokens_per_s": ours[n], f"llamacpp_{n}_whole_tokens_per_s": theirs[n]}
+        figures[f"ours_over_llamacpp_{n}"] = ours[n] / theirs[n]
+    return figures
+
+
+async def measure_completions(url: str, model: str, options: dict[str, Any]) -> dict[int, float]:
+    """Tokens/s of ``/v1/completions`` for each number of requests at once."""
+    rates = {}
+    async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=32)) as client:
+
+        async def complete(index: int) -> None:
+            text = " ".join(WORDS[(index * 7 + place * 3) % len(WORDS)] for place in range(30))
+            body = {"model": model, "prompt": text, "max_tokens": LLAMACPP_TOKENS, "temperature": 0.0, **options}
+            response = await client.post(f"{url}/v1/completions", json=body)
+            response.raise_for_status()
+            assert response.json()["usage"]["completion_tokens"] == LLAMACPP_TOKENS, "an answer has another length"
+
+        await complete(99)  # warms up
+        for n in LLAMACPP_REQUESTS:
+            started = time.perf_counter()
+            await asyncio.gather(*(complete(100 * n + index) for index in range(n)))
+            rates[n] = n * LLAMACPP_TOKENS / (time.perf_counter() - started)
+    return rates
+
+
+@contextmanager
+def llamacpp_server(python: Path, num_threads: int) -> Iterator[str]:
+    """llama.cpp's OpenAI server on the default model's GGUF file: its address."""
+    spec = importlib.util.find_spec(default_model.GGUF_PACKAGE)
+    assert spec is not None
+    assert spec.origin is not None
+    model = next(Path(spec.origin).parent.rglob(default_model.GGUF_FILE))
+    port = free_port()
+    command = [str(python), "-m", "llama_cpp.server", "--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--n_ctx", "2048", "--n_threads", str(num_threads), "--n_threads_batch", str(num_threads)]
+    command += ["--interrupt_requests", "false", "--verbose", "false"]
+    url = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(f"{url}/v1/models", server)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
+    """Return once ``url`` answers; RuntimeError when the server ends or takes over two minutes."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            if httpx.get(url).status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.3)
+    raise RuntimeError(f"{url} does not answer")
+
+
+def llamacpp_python() -> Path:
+    """The interpreter of llama.cpp's environment; builds it at the first call."""
+    folder = default_model.cache_dir() / "llamacpp" / "venv"
+    python = folder / "bin" / "python"
+    probe = [str(python), "-c", "import llama_cpp.server"]
+    if not python.exists() or subprocess.run(probe, capture_output=True, check=False).returncode:
+        print("building llama-cpp-python (once, a few minutes)", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", LLAMACPP], check=True)
+    return python
+
+
+if __name__ == "__main__":
+    sys.exit(main())

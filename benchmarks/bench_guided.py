@@ -1,0 +1,205 @@
+"""What guided decoding costs: a separate LenVM, a candidate head, values alone, an idle plugin, over plain decoding.
+
+Every kind of run sends the same requests, forced to the same length. The engines run one after the other, so that
+large models fit on one GPU; the plain engine runs first and last, and its mean is what the others are divided by.
+Checked first on every engine: greedy tokens without control are the plain engine's, and values arrive where asked for.
+
+    plain         no LenVM
+    idle          a head, and no request asks for values
+    values        a head: V of every token
+    head          a head, every request under control (candidate head), top-k 5
+    states        a separate LenVM, no request under control: one row a request and step
+    k5, k15       a separate LenVM, every request under control, top-k 5 and 15
+
+``*_over_plain`` are ratios of wall-clock time (smaller is better), ``idle_plugin_over_stock`` of throughput (larger
+is better), ``*_step_ms`` wall clock over decode steps. ``host_syncs_per_step`` counts the operators in this project's
+part of a decode step that make the host wait for a device (`host_reads.py`).
+
+    python benchmarks/bench_guided.py [--quick] [--json FILE] [--model M --lenvm L --head H] [-- SGLANG ARGUMENTS]
+
+Without --model: the default model, its shipped head, and a separate LenVM of the same size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from lenvm_runtime.length_control import LengthControl, build_custom_params
+from lenvm_runtime.serve import NO_HEAD, ServeConfig, running_engine
+from lenvm_runtime.value_model.source import find_folder
+from sample_lenvm import make_lenvm
+
+PROMPT_LEN = 48
+VOCABULARY = 40_000
+CONTROL = LengthControl("tilt", beta=-20.0)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of run: the requests' control, top-k, and whether they ask for values."""
+
+    name: str
+    control: LengthControl | None = None
+    top_k: int = 5
+    values: bool = True
+
+
+PLAIN = Kind("plain")
+HEAD_KINDS = (Kind("idle", values=False), Kind("values"), Kind("head", CONTROL))
+LENVM_KINDS = (Kind("states"), Kind("k5", CONTROL), Kind("k15", CONTROL, top_k=15))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is served and asked."""
+
+    model: str | None
+    head: Path | None
+    lenvm: Path
+    engine_arguments: tuple[str, ...]
+    concurrency: int
+    num_tokens: int
+    rounds: int
+
+
+def main() -> int:
+    """Run and print the figures; exit status 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--model", help="model folder or hub name, with --lenvm and perhaps --head")
+    parser.add_argument("--lenvm", help="separate LenVM, folder or hub name")
+    parser.add_argument("--head", help="head folder; without one the head's kinds are left out")
+    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--tokens", type=int, help="tokens an answer")
+    parser.add_argument("engine_arguments", nargs="*", help="after --: SGLang's own arguments")
+    parsed = parser.parse_args()
+    if parsed.model and not parsed.lenvm:
+        parser.error("--model needs --lenvm")
+    with setting(parsed) as chosen:
+        figures = measure(chosen)
+    for name, value in figures.items():
+        print(f"{name:40s} {value:.4f}")
+    if parsed.json:
+        parsed.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+@contextmanager
+def setting(parsed: argparse.Namespace) -> Iterator[Setting]:
+    """The setting of the command line; the default LenVM lives in a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Setting(
+            model=parsed.model,
+            head=find_folder(parsed.head) if parsed.head else None,
+            lenvm=find_folder(parsed.lenvm) if parsed.lenvm else make_lenvm(Path(folder)),
+            engine_arguments=tuple(parsed.engine_arguments),
+            concurrency=parsed.concurrency,
+            num_tokens=parsed.tokens or (32 if parsed.quick else 128),
+            rounds=2 if parsed.quick else 5,
+        )
+
+
+def measure(chosen: Setting) -> dict[str, float]:
+    """Seconds a round of every kind -> the figures."""
+    times: dict[str, list[float]] = {}
+    greedy: list[list[int]] = []
+    runs: list[tuple[Path | None, tuple[Kind, ...]]] = [(NO_HEAD, (PLAIN,))]
+    if chosen.model is None or chosen.head:
+        runs.append((chosen.head, HEAD_KINDS))
+    runs += [(chosen.lenvm, LENVM_KINDS), (NO_HEAD, (PLAIN,))]
+    for lenvm, kinds in runs:
+        config = ServeConfig("127.0.0.1", 8000, chosen.model, lenvm, chosen.engine_arguments)
+        with running_engine(config) as (_, url):
+            asyncio.run(measure_engine(url, kinds, chosen, times, greedy))
+    return to_figures({name: sum(seconds) / len(seconds) for name, seconds in times.items()}, chosen)
+
+
+async def measure_engine(
+    url: str, kinds: tuple[Kind, ...], chosen: Setting, times: dict[str, list[float]], greedy: list[list[int]]
+) -> None:
+    """Rounds that alternate between the kinds of one engine; the first round warms up."""
+    async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=chosen.concurrency)) as client:
+        await check(client, url, kinds, greedy)
+        for number in range(chosen.rounds + 1):
+            for kind in kinds:
+                elapsed = await run_round(client, url, number, kind, chosen)
+                if number > 0:
+                    times.setdefault(kind.name, []).append(elapsed)
+                    rate = chosen.concurrency * chosen.num_tokens / elapsed
+                    print(f"round {number} {kind.name}: {rate:.0f} tokens/s", file=sys.stderr)
+
+
+async def check(client: httpx.AsyncClient, url: str, kinds: tuple[Kind, ...], greedy: list[list[int]]) -> None:
+    """Stop unless uncontrolled greedy tokens are the first engine's, and each has a value where there is a LenVM."""
+    result = await generate(client, url, 0, 24, Kind("check"), temperature=0.0)
+    greedy.append(result["output_ids"])
+    assert greedy[-1] == greedy[0], "greedy tokens differ from the plain engine's"
+    has_values = len(result["meta_info"].get("lenvm_value", [])) == 24
+    assert has_values == (kinds != (PLAIN,)), "values are missing, or the plain engine has a LenVM"
+
+
+async def run_round(client: httpx.AsyncClient, url: str, number: int, kind: Kind, chosen: Setting) -> float:
+    """Seconds for ``concurrency`` requests of exactly ``num_tokens`` tokens."""
+    started = time.perf_counter()
+    seeds = range(number * chosen.concurrency, (number + 1) * chosen.concurrency)
+    results = await asyncio.gather(*(generate(client, url, seed, chosen.num_tokens, kind) for seed in seeds))
+    elapsed = time.perf_counter() - started
+    assert all(len(result["output_ids"]) == chosen.num_tokens for result in results), "an answer has another length"
+    return elapsed
+
+
+async def generate(
+    client: httpx.AsyncClient, url: str, seed: int, num_tokens: int, kind: Kind, temperature: float = 1.0
+) -> dict[str, Any]:
+    """One request with a prompt of its own; ``ignore_eos`` and the cap fix its length."""
+    prompt = [(seed * 7919 + position * 104_729) % VOCABULARY + 10 for position in range(PROMPT_LEN)]
+    params: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": kind.top_k,
+        "max_new_tokens": num_tokens,
+        "ignore_eos": True,
+        "custom_params": build_custom_params(kind.control, kind.values),
+    }
+    response = await client.post(f"{url}/generate", json={"input_ids": prompt, "sampling_params": params})
+    response.raise_for_status()
+    result: dict[str, Any] = response.json()
+    return result
+
+
+def to_figures(seconds: dict[str, float], chosen: Setting) -> dict[str, float]:
+    """Mean seconds a round by kind -> ratios, times a step, host reads a step."""
+    from host_reads import count_host_reads  # imports SGLang, which the engines do not wait for
+
+    plain = seconds["plain"]
+    ratios = {
+        "guided_over_plain_k5": "k5",
+        "guided_over_plain_k15": "k15",
+        "candidate_head_over_plain": "head",
+        "values_only_over_plain": "values",
+        "lenvm_values_over_plain": "states",
+    }
+    figures = {key: seconds[name] / plain for key, name in ratios.items() if name in seconds}
+    if "idle" in seconds:
+        figures["idle_plugin_over_stock"] = plain / seconds["idle"]
+    figures["host_syncs_per_step"] = float(sum(count_host_reads().values()))
+    for name, elapsed in seconds.items():
+        figures[f"{name}_step_ms"] = 1000 * elapsed / chosen.num_tokens
+        figures[f"{name}_tokens_per_s"] = chosen.concurrency * chosen.num_tokens / elapsed
+    return figures
+
+
+if __name__ == "__main__":
+    sys.exit(main())

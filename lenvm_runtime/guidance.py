@@ -1,0 +1,63 @@
+"""Steering of the guided rows of one step, whichever model gave the candidates' values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lenvm_kernels.candidates import Candidates
+from lenvm_kernels.length_control import (
+    DEFAULT_KERNEL,
+    Mode,
+    mean_target,
+    needs_scoring,
+    solve_mean_tilt,
+    steer_candidates,
+)
+
+
+@dataclass(frozen=True)
+class GuidedRows:
+    """The controls of a step's G guided rows: every tensor [G], on the device.
+
+    ``has_mean`` (host): whether a row asks for a mean value, whose beta has to be solved for.
+    """
+
+    mode: Tensor
+    strategy: Tensor
+    target: Tensor
+    factor: Tensor
+    beta: Tensor
+    entropy_threshold: Tensor
+    generated: Tensor
+    has_mean: bool
+
+    def needs_scoring(self, candidates: Candidates) -> Tensor:
+        """Rows whose candidates have to be scored: bool [G]. The others are sampled as if they had no control."""
+        return needs_scoring(candidates.logprobs, self.mode, self.beta, self.entropy_threshold)
+
+    def steer(
+        self, candidates: Candidates, values: Tensor, bin_logprobs: Tensor, bin_lengths: Tensor, gamma: float
+    ) -> Tensor:
+        """Steered log-probabilities [G, C], for the candidates' ``values`` [G, C] and ``bin_logprobs`` [G, C, M]."""
+        return steer_candidates(
+            candidates.logprobs,
+            values,
+            bin_logprobs,
+            candidates.eos_mask,
+            bin_lengths,
+            self.generated,
+            self.mode,
+            self.strategy,
+            self.target,
+            self._solve_beta(candidates, values, gamma) if self.has_mean else self.beta,
+            gamma,
+            DEFAULT_KERNEL,
+        )
+
+    def _solve_beta(self, candidates: Candidates, values: Tensor, gamma: float) -> Tensor:
+        scored = (candidates.logprobs, values, candidates.eos_mask)
+        wanted = mean_target(*scored, self.generated, self.mode, self.target, self.factor, gamma)
+        return torch.where(self.mode >= Mode.MEAN_TARGET, solve_mean_tilt(*scored, wanted), self.beta)

@@ -1,0 +1,117 @@
+"""What every way of scoring candidates shares: rows under control, candidates, targets, SGLang's filters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lenvm_kernels.candidates import Candidates, release_filters, scatter_candidates, select_candidates
+from lenvm_runtime import compat
+from lenvm_runtime.control_batch import MAX_CANDIDATES, ControlBatch
+from lenvm_runtime.guidance import GuidedRows
+
+MAX_REQUEST_SLOTS = 65536
+
+
+class Step(Protocol):
+    """What the hooks lay beside the sampling info of one step, for our sampler."""
+
+    def steer(self, logits_output: Any, sampling: Any, positions: Tensor) -> Any:
+        """Rewrite the logits of rows under control, after SGLang's masks, biases and penalties.
+
+        ``positions`` [rows]: index of each row's last token. Returns the sampling info to sample with.
+        """
+
+
+class DeviceRows:
+    """One Python object a row of a device tensor, converted in one transfer when the first is read."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._rows: list[Any] | None = None
+
+    def __getitem__(self, row: int) -> Any:
+        if self._rows is None:
+            self._rows = self._tensor.tolist()
+        return self._rows[row]
+
+    def start_copy(self) -> None:
+        """Begin an asynchronous copy to pinned host memory; the caller's event says when it is complete."""
+        if self._tensor.is_cuda:
+            self._tensor = compat.copy_to_host(self._tensor)
+
+
+class ScaledTargets:
+    """Targets of ``scale`` rows, set when a prompt has been read; indexed by SGLang's request slot.
+
+    Written on the forward stream only, so overlap scheduling cannot reorder it against batch filtering.
+    """
+
+    def __init__(self, device: Any) -> None:
+        self._targets = torch.ones(MAX_REQUEST_SLOTS, device=device)
+
+    def update(
+        self, control: ControlBatch, slots: Tensor, generated: Tensor, remaining: Tensor, prefilled: Tensor
+    ) -> None:
+        """Rows just ``prefilled``: target = generated + factor * predicted ``remaining`` length. All [rows]."""
+        targets = (generated + control.factor * remaining).clamp_min(1.0)
+        self._targets[slots] = torch.where(prefilled, targets, self._targets[slots])
+
+    def read(self, slots: Tensor) -> Tensor:
+        """The targets at these request slots: [rows]."""
+        return self._targets[slots]
+
+
+def just_prefilled(forward_batch: Any, control: ControlBatch) -> Tensor:
+    """Rows of an extend batch that were prefilled by it, unlike the decode rows of a mixed batch: [rows] bool."""
+    generated = forward_batch.seq_lens - control.prompt_len
+    prefilled: Tensor = (generated == 0) | (forward_batch.extend_seq_lens > 1)
+    return prefilled
+
+
+def steer_rows(
+    logits: Tensor,
+    control: ControlBatch,
+    guided: GuidedRows,
+    sampling: Any,
+    eos_token_ids: Tensor,
+    reweigh: Callable[[Candidates], Tensor],
+) -> Tensor:
+    """Rewrite the guided rows of ``logits`` [rows, vocab] in place; the bits of other rows stay.
+
+    ``reweigh`` maps the candidates of the G guided rows to their steered log-probabilities [G, C]. ``sampling``:
+    SGLang's SamplingBatchInfo, whose temperatures and filters choose the candidates.
+    Returns bool [rows]: the rows rewritten, which are the guided ones whose candidates needed scoring.
+    """
+    rows = control.rows
+    candidates = select_candidates(
+        logits if all(control.guided) else logits[rows],  # [G, vocab]
+        sampling.temperatures.view(-1)[rows],
+        sampling.top_ks[rows],
+        sampling.top_ps[rows],
+        sampling.min_ps[rows],
+        eos_token_ids,
+        MAX_CANDIDATES,
+    )
+    steered = reweigh(candidates)
+
+    def spread(part: Tensor, other: float) -> Tensor:
+        """[G, ...] of the guided rows -> [rows, ...] with ``other`` in the rest."""
+        return part.new_full((len(logits), *part.shape[1:]), other).index_copy(0, rows, part)
+
+    scored = spread(guided.needs_scoring(candidates), False)
+    scatter_candidates(logits, spread(candidates.ids, 0), spread(steered, -torch.inf), sampling.temperatures, scored)
+    return scored
+
+
+def released(sampling: Any, steered: Tensor) -> Any:
+    """A copy of SGLang's SamplingBatchInfo whose filters leave ``steered`` rows alone (bool [rows]).
+
+    Their filters were applied before steering.
+    """
+    top_ks, top_ps, min_ps = release_filters(sampling.top_ks, sampling.top_ps, sampling.min_ps, steered)
+    return dataclasses.replace(sampling, top_ks=top_ks, top_ps=top_ps, min_ps=min_ps)

@@ -1,0 +1,70 @@
+"""A separate LenVM on SGLang's seams: loaded beside the served model, run after its prefills and in its decodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lenvm_runtime import compat
+from lenvm_runtime.engine_hooks import register_controls
+from lenvm_runtime.input_values import QueryBatch, write_input_values
+from lenvm_runtime.value_model.source import ValueModelSource
+
+
+class ValueModelHooks:
+    """The hooks of one model process, and the value model once it is loaded.
+
+    * at start: the model is loaded after the served one, its KV bytes enter SGLang's memory budget, its KV
+      buffers get the served model's slots;
+    * each prefill of the served model is run by the value model too (`ModelRunner.forward`);
+    * each decode step is run in our sampler, when candidates can be told from the masked logits.
+    """
+
+    def __init__(self, source: ValueModelSource, max_length: int) -> None:
+        self._source = source
+        self._max_length = max_length
+        self._guide: Any = None
+
+    def register(self) -> None:
+        """Register every hook of the model process."""
+        compat.after(compat.INIT_TARGET_WORKER, self._load)
+        compat.after(compat.KV_BYTES_PER_TOKEN, self._count_kv_bytes)
+        compat.after(compat.INIT_MEMORY_POOLS, self._share_slots)
+        compat.after(compat.INIT_ATTENTION_BACKENDS, self._build_attention)
+        compat.after(compat.FORWARD, self._extend)
+        compat.before(compat.SAMPLE, self._prepare_sampling)
+        register_controls()
+
+    def _load(self, _result: None, scheduler: Any) -> None:
+        from lenvm_runtime.value_model.runner import ValueModelRunner
+        from lenvm_runtime.value_model.step import ValueGuide
+
+        target = compat.target_runner(scheduler)
+        with compat.random_state_kept(target):  # the served model's tokens for a seed stay stock SGLang's
+            runner = ValueModelRunner(self._source, target)
+        self._guide = ValueGuide(runner, sorted(compat.eos_token_ids(target)), self._max_length)
+
+    def _count_kv_bytes(self, cell_size: int, _configurator: Any, _kvc: Any, _num_layers: int) -> int:
+        assert self._guide is not None
+        return cell_size + int(self._guide.runner.kv_bytes_per_token)
+
+    def _share_slots(self, _result: None, scheduler: Any) -> None:
+        self._guide.runner.share_slots(compat.target_runner(scheduler))
+
+    def _build_attention(self, _result: None, _scheduler: Any) -> None:
+        self._guide.runner.build_attention()
+
+    def _extend(self, output: Any, _runner: Any, forward_batch: Any, *_: Any, **__: Any) -> None:
+        if not forward_batch.forward_mode.is_extend():
+            return
+        runner = self._guide.runner
+        states = runner.extend(forward_batch)
+        forward_batch.lenvm_values = runner.values(states[compat.sampled_rows(forward_batch)])
+        queries: QueryBatch | None = getattr(forward_batch.sampling_info, "lenvm_queries", None)
+        if queries is not None and not queries.is_empty:
+            write_input_values(runner.values, states, output.logits_output, forward_batch, queries)
+
+    def _prepare_sampling(self, _runner: Any, _logits_output: Any, forward_batch: Any) -> None:
+        values: Tensor | None = getattr(forward_batch, "lenvm_values", None)
+        forward_batch.sampling_info.lenvm_step = self._guide.begin_step(forward_batch, values)

@@ -1,0 +1,172 @@
+"""What a separate LenVM does in one step: values of the states, values of the candidates, the sampler's steering."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lenvm_kernels.candidates import Candidates
+from lenvm_kernels.length_control import Mode
+from lenvm_kernels.length_distribution import expected_length, quantile_length
+from lenvm_kernels.length_value import bin_lengths
+from lenvm_kernels.value_distribution import build_value_table, distribution_from_value
+from lenvm_runtime.control_batch import ControlBatch
+from lenvm_runtime.guidance import GuidedRows
+from lenvm_runtime.head_runner import INTERVAL
+from lenvm_runtime.input_values import QueryBatch
+from lenvm_runtime.response import CANDIDATES_KEY, PREDICTION_KEY, VALUE_KEY
+from lenvm_runtime.steering import DeviceRows, ScaledTargets, just_prefilled, released, steer_rows
+from lenvm_runtime.value_model.packing import StepRows, pack_step, read_candidates
+from lenvm_runtime.value_model.runner import ValueModelRunner
+
+NUM_BINS = 64
+
+
+class ValueGuide:
+    """The value model of a process and what turns its values into guidance. No state but scaled targets.
+
+    The natural strategy and the prediction need a distribution of the remaining length: that of
+    `lenvm_kernels.value_distribution`, whose mean value is the model's and whose spread is assumed.
+    """
+
+    def __init__(self, runner: ValueModelRunner, eos_token_ids: Sequence[int], max_length: int) -> None:
+        device = runner.device
+        self.runner = runner
+        self.gamma = runner.source.gamma
+        self.eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
+        self.scaled_targets = ScaledTargets(device)
+        self.bin_lengths = bin_lengths(NUM_BINS, max_length).to(device)
+        self._table = build_value_table(self.bin_lengths, self.gamma)
+
+    def begin_step(self, forward_batch: Any, state_values: Tensor | None) -> ValueStep:
+        """What the sampler does with the batch of this step; ``state_values`` as in `ValueStep`."""
+        sampling = forward_batch.sampling_info
+        control, queries = (getattr(sampling, name, None) for name in ("lenvm_control", "lenvm_queries"))
+        return ValueStep(self, control, queries, forward_batch, state_values)
+
+    def distribution(self, values: Tensor) -> Tensor:
+        """Log-probabilities of the remaining length over the bins: [...] -> [..., NUM_BINS]."""
+        return distribution_from_value(values, self._table)
+
+    def expected_lengths(self, values: Tensor) -> Tensor:
+        """Mean remaining length, in tokens: [...] -> [...]."""
+        return expected_length(self.distribution(values), self.bin_lengths)
+
+    def predictions(self, values: Tensor) -> Tensor:
+        """Remaining length at states of these values: [rows] -> [rows, 3] expected, 10% and 90% quantile."""
+        logprobs = self.distribution(values)
+        low, high = (quantile_length(logprobs, self.bin_lengths, level) for level in INTERVAL)
+        return torch.stack([expected_length(logprobs, self.bin_lengths), low, high], dim=1)
+
+
+@dataclass
+class ValueStep:
+    """One step of a batch. ``state_values`` [rows]: V of every row's state; None until the value model has run it.
+
+    A prefill has run it before; a decode step runs it here, in one forward with the candidates.
+    """
+
+    guide: ValueGuide
+    control: ControlBatch | None
+    queries: QueryBatch | None
+    batch: Any
+    state_values: Tensor | None
+    prefilled: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prefilled = self.state_values is not None
+
+    def steer(self, logits_output: Any, sampling: Any, positions: Tensor) -> Any:
+        """See `lenvm_runtime.steering.Step`. Also lays the values beside the logits, for the response."""
+        if self.control is not None:
+            steered = self._steer(self.control, logits_output.next_token_logits, sampling, positions)
+            sampling = released(sampling, steered)
+        elif self.state_values is None:
+            self._run_states()
+        assert self.state_values is not None
+        logits_output.customized_info = {VALUE_KEY: DeviceRows(self.state_values)}
+        if self.prefilled:
+            logits_output.customized_info |= self._answers(self.state_values)
+        return sampling
+
+    def _answers(self, state_values: Tensor) -> dict[str, DeviceRows]:
+        """What a prefill adds to the values: the prediction, and the values of asked-for next tokens."""
+        answers = {PREDICTION_KEY: DeviceRows(self.guide.predictions(state_values))}
+        if self.queries is None or self.queries.is_empty:
+            return answers
+        ids, asked = self.queries.candidate_ids(state_values.device)
+        scored = asked & (ids.unsqueeze(-1) != self.guide.eos_token_ids).all(-1)
+        if ids.numel():
+            every = torch.arange(len(ids), device=ids.device)
+            rows = self._pack(every, every, ids, scored, ids.numel())
+            answers[CANDIDATES_KEY] = DeviceRows(read_candidates(self.guide.runner.step(rows), rows, scored))
+        return answers
+
+    def _steer(self, control: ControlBatch, logits: Tensor, sampling: Any, positions: Tensor) -> Tensor:
+        guide, slots = self.guide, self.batch.req_pool_indices
+        generated = positions + 1 - control.prompt_len
+        if self.state_values is not None:
+            remaining = guide.expected_lengths(self.state_values)
+            guide.scaled_targets.update(control, slots, generated, remaining, just_prefilled(self.batch, control))
+        guided = control.guided_rows(generated, guide.scaled_targets.read(slots))
+
+        def reweigh(candidates: Candidates) -> Tensor:
+            values = self._run_candidates(control.rows, candidates.ids, scored_candidates(candidates, guided))
+            return guided.steer(candidates, values, guide.distribution(values), guide.bin_lengths, guide.gamma)
+
+        return steer_rows(logits, control, guided, sampling, guide.eos_token_ids, reweigh)
+
+    def _run_states(self) -> None:
+        nothing = torch.empty(0, 1, dtype=torch.int64, device=self.batch.input_ids.device)
+        self._run_candidates(nothing[:, 0], nothing, nothing.bool())
+
+    def _run_candidates(self, guided: Tensor, candidate_ids: Tensor, scored: Tensor) -> Tensor:
+        """V of the guided rows' candidates [G, C], and of every row's state where that is still to be run."""
+        every = torch.arange(len(self.batch.seq_lens), device=guided.device)
+        max_rows = self._max_candidate_rows(scored)
+        if self.prefilled and not max_rows:
+            return torch.zeros_like(scored, dtype=torch.float32)
+        if self.prefilled:  # only guided rows take part
+            rows = self._pack(guided, every[: len(guided)], candidate_ids, scored, max_rows)
+            return read_candidates(self.guide.runner.step(rows), rows, scored)
+        rows = self._pack(every, guided, candidate_ids, scored, max_rows)
+        values = self.guide.runner.step(rows)
+        self.state_values = values[rows.first_rows]
+        return read_candidates(values, rows, scored)
+
+    def _pack(
+        self, taking_part: Tensor, guided: Tensor, candidate_ids: Tensor, scored: Tensor, max_rows: int
+    ) -> StepRows:
+        batch = self.batch
+        tokens = batch.input_ids[batch.extend_seq_lens.cumsum(0) - 1] if self.prefilled else batch.input_ids
+        return pack_step(
+            tokens[taking_part],
+            batch.seq_lens[taking_part],
+            batch.req_pool_indices[taking_part],
+            self.guide.runner.req_to_token_pool.req_to_token,
+            guided,
+            candidate_ids,
+            scored,
+            max_rows,
+        )
+
+    def _max_candidate_rows(self, scored: Tensor) -> int:
+        """A bound on the candidates to score: on a CPU their number, elsewhere what the host knows without asking."""
+        if self.control is None:
+            return 0
+        return int(scored.sum()) if scored.device.type == "cpu" else sum(self.control.max_candidates)
+
+
+def scored_candidates(candidates: Candidates, guided: GuidedRows) -> Tensor:
+    """Which candidates need the value of their next state: bool [G, C].
+
+    Those of the rows that need scoring, but no EOS, whose value is 0; none of a row whose lower bound is met, or
+    whose prompt is still being read in chunks (``generated`` < 0: its sampled token is dropped).
+    """
+    met = (guided.mode == Mode.AT_LEAST) & (guided.generated + 1 >= guided.target)
+    row_needs = guided.needs_scoring(candidates) & ~met & (guided.generated >= 0)
+    return (candidates.logprobs > -torch.inf) & ~candidates.eos_mask & row_needs.unsqueeze(1)

@@ -1,0 +1,46 @@
+"""SGLang's own model runner in this process, for what runs beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tiny_lenvm import save_model
+
+
+@pytest.fixture(scope="session")
+def served_runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A tiny Llama in fp32 on the CPU, with SGLang's pools and our attention backend."""
+    folder = tmp_path_factory.mktemp("served")
+    save_model(folder, "llama")
+
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+    from sglang.srt.distributed.parallel_state_wrapper import ParallelState
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.runtime_context import get_context
+    from sglang.srt.server_args import prepare_server_args
+
+    from lenvm_runtime.cpu import attention_backend
+    from lenvm_runtime.launch_engine import engine_arguments
+    from lenvm_runtime.serve import free_port
+
+    attention_backend.register()
+    arguments = ["--model-path", str(folder), "--dtype", "float32", "--max-total-tokens", "512"]
+    server_args = prepare_server_args(engine_arguments([*arguments, "--max-running-requests", "8"], on_cpu=True))
+    get_context().set_server_args(server_args)
+    runner = ModelRunner(
+        model_config=ModelConfig.from_server_args(server_args),
+        mem_fraction_static=0.1,
+        gpu_id=0,
+        ps=ParallelState.trivial(),
+        nccl_port=free_port(),
+        server_args=server_args,
+    )
+    runner.alloc_memory_pool()
+    runner.init_attention_backends()
+    yield runner
+    destroy_model_parallel()
+    destroy_distributed_environment()

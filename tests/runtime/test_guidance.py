@@ -1,0 +1,127 @@
+"""Guided rows of every mode together, from scalar values and from distributions: each row by its own definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lenvm_kernels.candidates import TOP_K_ALL, Candidates, select_candidates
+from lenvm_kernels.length_value import bin_lengths, expected_value, length_from_value, value_from_length
+from lenvm_kernels.value_distribution import build_value_table, distribution_from_value
+from lenvm_runtime.control_batch import ControlBatch
+from lenvm_runtime.guidance import GuidedRows
+from lenvm_runtime.length_control import LengthControl
+
+GAMMA = 0.997
+LENGTHS = bin_lengths(32, 2048)
+TABLE = build_value_table(LENGTHS, GAMMA)
+CONTROLS = (
+    LengthControl("equal", target=40),
+    LengthControl("equal", target=40, strategy="hard"),
+    LengthControl("at_least", target=90),
+    LengthControl("at_most", target=20, strategy="hard"),
+    LengthControl("tilt", beta=8.0),
+    LengthControl("target_mean", target=60),
+    LengthControl("target_mean", factor=0.8, scaling="length"),
+    LengthControl("target_mean", factor=1.1, scaling="value"),
+    LengthControl("equal", target=40, entropy_threshold=0.3),
+)
+GENERATED = 12
+
+
+def make_step(num_rows: int, vocab: int = 50) -> tuple[Candidates, torch.Tensor]:
+    """Candidates under top-k, top-p and min-p together, every third row greedy; their values, garbage at EOS."""
+    generator = torch.Generator().manual_seed(num_rows)
+    logits = 3 * torch.randn(num_rows, vocab, generator=generator)
+    logits[:, 7] = -torch.inf  # a grammar's mask
+    row = torch.arange(num_rows)
+    top_ks = torch.where(row % 3 == 2, 1, torch.where(row % 3 == 1, 9, TOP_K_ALL))
+    ones = torch.ones(num_rows)
+    candidates = select_candidates(logits, ones, top_ks, 0.98 * ones, 0.01 * ones, torch.tensor([3]), 15)
+    lengths = 10 + 90 * torch.rand(candidates.ids.shape, generator=generator)
+    return candidates, value_from_length(lengths, GAMMA)
+
+
+def guided_rows(controls: list[LengthControl]) -> GuidedRows:
+    batch = ControlBatch.build(controls, [5] * len(controls), [50] * len(controls), "cpu")
+    assert batch is not None
+    return batch.guided_rows(torch.full((len(controls),), GENERATED), torch.ones(len(controls)))
+
+
+def steer(rows: GuidedRows, candidates: Candidates, values: torch.Tensor) -> torch.Tensor:
+    return rows.steer(candidates, values, distribution_from_value(values, TABLE), LENGTHS, GAMMA)
+
+
+def take(candidates: Candidates, i: int) -> Candidates:
+    return Candidates(*(part[i : i + 1] for part in candidates))
+
+
+def test_each_row_alone_equals_the_row_among_all_modes_bitwise() -> None:
+    controls = [CONTROLS[i % len(CONTROLS)] for i in range(27)]
+    candidates, values = make_step(27)
+    rows = guided_rows(controls)
+    together, scored = steer(rows, candidates, values), rows.needs_scoring(candidates)
+    for i in range(27):
+        alone = guided_rows([controls[i]])
+        assert torch.equal(steer(alone, take(candidates, i), values[i : i + 1])[0], together[i])
+        assert alone.needs_scoring(take(candidates, i))[0] == scored[i]
+
+
+@pytest.mark.parametrize("control", CONTROLS, ids=str)
+def test_masked_and_filtered_tokens_stay_out_in_every_mode(control: LengthControl) -> None:
+    candidates, values = make_step(9)
+    steered = steer(guided_rows([control] * 9), candidates, values)
+    assert not steered.isnan().any()
+    assert (steered[candidates.logprobs == -torch.inf] == -torch.inf).all()
+    assert (steered[candidates.ids == 7] == -torch.inf).all()
+    torch.testing.assert_close(steered.exp().sum(-1), torch.ones(9))
+
+
+@pytest.mark.parametrize(
+    ("control", "wanted_length"),
+    [
+        (LengthControl("target_mean", target=60), lambda own: torch.full_like(own, 60 - GENERATED - 1)),
+        (LengthControl("target_mean", factor=0.9, scaling="length"), lambda own: 0.9 * own),
+    ],
+    ids=["target", "factor"],
+)
+def test_target_mean_has_the_length_asked_for_where_the_candidates_allow_it(control, wanted_length) -> None:  # type: ignore[no-untyped-def]
+    candidates, values = make_step(9)
+    values = values.masked_fill(candidates.eos_mask, 0.0)
+    own = length_from_value((candidates.logprobs.exp() * values).sum(-1), GAMMA)
+    wanted = value_from_length(wanted_length(own), GAMMA)
+    steered = steer(guided_rows([control] * 9), candidates, values)
+    found = (steered.exp() * values).sum(-1)
+    is_candidate = candidates.logprobs > -torch.inf
+    lowest = values.masked_fill(~is_candidate, 0.0).amin(-1)
+    assert (lowest < wanted).any()  # otherwise the next line tests nothing
+    torch.testing.assert_close(found, torch.maximum(wanted, lowest), atol=1e-4, rtol=0)
+
+
+def test_hard_modes_take_the_candidate_that_scalar_values_say() -> None:
+    candidates, values = make_step(9)
+    length = length_from_value(values.masked_fill(candidates.eos_mask, 0.0), GAMMA)
+    absent = candidates.logprobs == -torch.inf
+    steered = steer(guided_rows([LengthControl("equal", target=40, strategy="hard")] * 9), candidates, values)
+    distance = (length - (40 - GENERATED - 1)).abs().masked_fill(absent, torch.inf)
+    assert torch.equal(steered.argmax(-1), distance.argmin(-1))
+    steered = steer(guided_rows([LengthControl("at_most", target=40, strategy="hard")] * 9), candidates, values)
+    assert torch.equal(steered.argmax(-1), length.masked_fill(absent, torch.inf).argmin(-1))
+
+
+def test_the_natural_controller_prefers_candidates_that_lead_near_the_target() -> None:
+    """Two candidates alike but for their value: the likelier one afterwards is the one nearer the target."""
+    logprobs = torch.log(torch.tensor([[0.5, 0.5, 0.0]]))
+    candidates = Candidates(torch.tensor([[4, 5, 3]]), logprobs, torch.tensor([[False, False, True]]))
+    values = value_from_length(torch.tensor([[27.0, 80.0, 1.0]]), GAMMA)
+    near, far, _ = steer(guided_rows([LengthControl("equal", target=40)]), candidates, values).exp()[0].tolist()
+    assert near > 0.9 > far
+    near, far, _ = steer(guided_rows([LengthControl("equal", target=93)]), candidates, values).exp()[0].tolist()
+    assert far > 0.9 > near
+
+
+def test_values_and_their_distributions_agree() -> None:
+    _, values = make_step(5)
+    torch.testing.assert_close(
+        expected_value(distribution_from_value(values, TABLE), LENGTHS, GAMMA), values, atol=2e-6, rtol=0
+    )

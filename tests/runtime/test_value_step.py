@@ -1,0 +1,101 @@
+"""One step of the value model: which rows run, what they are worth, and that nothing waits for the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from host_reads import HostReads, count_host_reads
+from lenvm_kernels.candidates import TOP_K_ALL, Candidates, select_candidates
+from lenvm_runtime.control_batch import MAX_CANDIDATES, ControlBatch
+from lenvm_runtime.length_control import LengthControl
+from lenvm_runtime.value_model.packing import pack_step, read_candidates
+from lenvm_runtime.value_model.step import scored_candidates
+
+EOS = 2
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("guided", [[], [0], [1, 3], [0, 1, 2, 3]])
+def test_packed_rows_are_those_of_a_loop(guided: list[int], padding: int) -> None:
+    generator = torch.Generator().manual_seed(len(guided))
+    num_reqs, num_candidates = 4, 5
+    tokens, seq_lens = torch.tensor([10, 11, 12, 13]), torch.tensor([3, 1, 7, 4])
+    pool_indices = torch.tensor([6, 0, 3, 2])
+    req_to_token = torch.randperm(80, generator=generator).view(8, 10).int()
+    ids = torch.randint(20, 90, (len(guided), num_candidates), generator=generator)
+    scored = torch.rand(ids.shape, generator=generator) < 0.5
+    bound = int(scored.sum()) + padding
+    rows = pack_step(tokens, seq_lens, pool_indices, req_to_token, torch.tensor(guided).long(), ids, scored, bound)
+
+    expected, starts = [], [0]
+    for request in range(num_reqs):
+        expected.append((int(tokens[request]), int(seq_lens[request]) - 1))
+        if request in guided:
+            chosen = ids[guided.index(request)][scored[guided.index(request)]]
+            expected += [(int(token), int(seq_lens[request])) for token in chosen]
+        starts.append(len(expected))
+    assert list(zip(rows.input_ids.tolist(), rows.positions.tolist(), strict=True)) == expected + [(0, 0)] * padding
+    assert rows.q_starts.tolist() == starts
+    assert rows.first_rows.tolist() == starts[:-1]
+    assert rows.slots.tolist() == [int(req_to_token[p, n - 1]) for p, n in zip(pool_indices, seq_lens, strict=True)]
+
+    values = -torch.arange(1.0, num_reqs + bound + 1)
+    for row, (token_ids, is_scored) in enumerate(zip(ids.tolist(), scored.tolist(), strict=True)):
+        for column, token in enumerate(token_ids):
+            found = read_candidates(values, rows, scored)[row, column]
+            if is_scored[column]:
+                assert rows.input_ids[int(-found) - 1] == token
+            else:
+                assert found == 0
+
+
+def make_candidates(logprobs: list[list[float]]) -> Candidates:
+    weights = torch.tensor(logprobs)
+    ids = torch.arange(weights.shape[1]).expand_as(weights)
+    return Candidates(ids, torch.log_softmax(weights, -1), ids == EOS)
+
+
+def test_only_candidates_that_can_matter_are_scored() -> None:
+    no = -torch.inf
+    cases: list[tuple[LengthControl, list[float], int, list[bool]]] = [
+        (LengthControl("tilt", beta=1.0), [0.0, -1.0, -1.0], 3, [True, True, False]),
+        (LengthControl("tilt", beta=1.0), [0.0, no, -1.0], 3, [True, False, False]),
+        (LengthControl("tilt", beta=1.0), [0.0, no, no], 3, [False, False, False]),  # one candidate
+        (LengthControl("at_least", target=9), [0.0, -1.0, -1.0], 7, [True, True, False]),
+        (LengthControl("at_least", target=9), [0.0, -1.0, -1.0], 8, [False, False, False]),  # met
+        (LengthControl("equal", target=9), [0.0, -1.0, -1.0], -4, [False, False, False]),  # a prompt's first chunk
+        (LengthControl("equal", target=9, entropy_threshold=1.0), [0.0, -9.0, -9.0], 3, [False, False, False]),
+    ]
+    batch = ControlBatch.build([case[0] for case in cases], [0] * len(cases), [50] * len(cases), "cpu")
+    assert batch is not None
+    guided = batch.guided_rows(torch.tensor([case[2] for case in cases]), torch.ones(len(cases)))
+    candidates = make_candidates([case[1] for case in cases])
+    assert scored_candidates(candidates, guided).tolist() == [case[3] for case in cases]
+
+
+def test_the_hosts_bound_holds_every_scored_candidate() -> None:
+    """On an accelerator the rows of a step are as many as the requests' top-k allow, whatever is scored."""
+    top_ks = [1, 5, 31, 32, 50, TOP_K_ALL] * 4
+    control = ControlBatch.build([LengthControl("tilt", beta=1.0)] * len(top_ks), [0] * len(top_ks), top_ks, "cpu")
+    assert control is not None
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(len(top_ks), 200, generator=generator)
+    logits[:, EOS] += 3  # among the likeliest
+    ones = torch.ones(len(top_ks))
+    filters = torch.tensor(top_ks), torch.rand(len(top_ks), generator=generator) / 2 + 0.5, 0 * ones
+    candidates = select_candidates(logits, ones, *filters, torch.tensor([EOS]), MAX_CANDIDATES)
+    scored = scored_candidates(candidates, control.guided_rows(ones, ones))
+    assert (scored.sum(1) <= torch.tensor(control.max_candidates)).all()
+    assert control.max_candidates[:6] == [32, 5, 31, 32, 32, 32]
+
+
+def test_a_decode_step_reads_nothing_on_the_host() -> None:
+    assert not count_host_reads()
+
+
+def test_the_counter_sees_a_read() -> None:
+    with HostReads() as reads:
+        int(torch.ones(3).sum())
+        torch.ones(3).nonzero()
+    assert reads.counts == {"_local_scalar_dense": 1, "nonzero": 1}
