@@ -31,7 +31,8 @@ def steer_candidates(
     unmet = (mode == Mode.AT_LEAST) & (end_length < target)
 
     natural_equal = (mode == Mode.EQUAL) & (strategy == Strategy.NATURAL)
-    cutting = natural_equal & (candidate_logprobs.exp() < kernel.equal_min_eos)
+    excess = ((end_length - target) / target).clamp(min=0.0)
+    cutting = natural_equal & (candidate_logprobs.exp() < kernel.equal_min_eos * (-kernel.equal_haste * excess).exp())
     logprobs = _forbid_eos(candidate_logprobs, eos_mask, unmet | cutting)  # [B, C]
     log_psi = _log_psi(bin_logprobs, eos_mask, bin_lengths, end_length, mode, target, kernel)
     values = candidate_values.masked_fill(eos_mask, 0.0)  # [B, C]

@@ -67,6 +67,7 @@ def steer_candidates(
         kernel.equal_strength,
         kernel.bound_strength,
         kernel.equal_min_eos,
+        kernel.equal_haste,
         BLOCK_C=triton.next_power_of_2(num_candidates),
         BLOCK_M=triton.next_power_of_2(num_bins),
     )
@@ -119,6 +120,7 @@ def _steer_row(  # type: ignore[no-untyped-def]
     equal_strength,
     bound_strength,
     equal_min_eos,
+    equal_haste,
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -145,7 +147,8 @@ def _steer_row(  # type: ignore[no-untyped-def]
 
     unmet = (mode == _AT_LEAST) & (end_length < target)
     others_left = tl.max(((given > float("-inf")) & (is_eos == 0)).to(tl.int32), axis=0) > 0
-    cutting = (mode == _EQUAL) & (hard == 0) & (tl.exp(given) < equal_min_eos)  # [C]
+    excess = tl.maximum((end_length - target) / target, 0.0)
+    cutting = (mode == _EQUAL) & (hard == 0) & (tl.exp(given) < equal_min_eos * tl.exp(-equal_haste * excess))  # [C]
     logprobs = tl.where(is_eos & (unmet | cutting) & others_left, float("-inf"), given)
     candidate = logprobs > float("-inf")
 

@@ -36,6 +36,7 @@ KERNEL = PreferenceKernel(
     equal_strength=1.5,
     bound_strength=2.5,
     equal_min_eos=0.02,
+    equal_haste=40.0,
 )
 GRID = [(b, c, m) for b in (1, 3, 17) for c in (1, 2, 33) for m in (1, 24)]
 CONTROLS = [(mode, strategy) for mode in Mode for strategy in Strategy]
@@ -142,7 +143,7 @@ def expected_row(batch: Batch, i: int) -> list[float]:
     left = [c for c in columns if given[c] > 0]
     least_eos = 1.0 if mode == Mode.AT_LEAST else 0.0
     if mode == Mode.EQUAL and batch.strategy[i] == Strategy.NATURAL:
-        least_eos = KERNEL.equal_min_eos
+        least_eos = KERNEL.equal_min_eos * math.exp(-KERNEL.equal_haste * max((end - target) / target, 0))
     if any(not eos[c] for c in left):
         left = [c for c in left if not eos[c] or given[c] >= least_eos]
     if batch.strategy[i] == Strategy.HARD:
@@ -267,6 +268,8 @@ def test_equal_ends_only_where_the_model_gives_eos_a_chance() -> None:
     assert natural[0, 2] == 0
     assert natural[1, 2] > 1.1 * least
     assert natural[2, 2] == 1
+    late = with_control(batch, Mode.EQUAL, **at_target | {"num_generated": torch.full((3,), 10)}).steer().exp()
+    assert late[0, 2] > 0
     hard = with_control(batch, Mode.EQUAL, Strategy.HARD, **at_target).steer().exp()
     assert (hard[:, 2] == 1).all()
 
