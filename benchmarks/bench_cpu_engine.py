@@ -89,7 +89,7 @@ def sglang(stock: bool, capacity: str) -> Iterator[tuple[int, str]]:
 async def measure_decode(urls: dict[str, str], cells: dict[tuple[int, int], int], rounds: int) -> dict[str, float]:
     """Tokens/s of every engine and cell, and the ratios."""
     figures: dict[str, float] = {}
-    async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=96)) as client:
+    async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=96, keepalive_expiry=1.0)) as client:
         figures["greedy_equal_share"] = await check_greedy(client, urls["torch_native"], urls["ours"])
         for (num_requests, length), num_tokens in cells.items():
             prompts = [make_ids(length, index) for index in range(num_requests)]
