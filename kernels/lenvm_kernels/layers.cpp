@@ -58,7 +58,7 @@ inline float exp_clamped(float x) {
   return p * power;
 }
 
-template <class T, class F>
+template <class F>
 void for_rows(int64_t num_rows, int32_t num_threads, F row) {
   if (num_rows < kRowsForThreads || num_threads == 1) {
     for (int64_t r = 0; r < num_rows; ++r) row(r);
@@ -71,7 +71,7 @@ void for_rows(int64_t num_rows, int32_t num_threads, F row) {
 template <class T>
 void rms_norm(const T* x, T* residual, const T* weight, T* out, int64_t num_rows, int64_t dim, int64_t x_stride,
               int64_t residual_stride, float eps, int32_t num_threads) {
-  for_rows<T>(num_rows, num_threads, [=](int64_t r) {
+  for_rows(num_rows, num_threads, [=](int64_t r) {
     const T* in = x + r * x_stride;
     T* to = out + r * dim;
     T* sum = residual ? residual + r * residual_stride : nullptr;
@@ -102,7 +102,7 @@ void rms_norm(const T* x, T* residual, const T* weight, T* out, int64_t num_rows
 
 template <class T>
 void silu_and_mul(const T* x, T* out, int64_t num_rows, int64_t dim, int64_t x_stride, int32_t num_threads) {
-  for_rows<T>(num_rows, num_threads, [=](int64_t r) {
+  for_rows(num_rows, num_threads, [=](int64_t r) {
     const T *gate = x + r * x_stride, *up = gate + dim;
     T* to = out + r * dim;
     for (int64_t j = 0; j < dim; ++j) {
@@ -130,7 +130,7 @@ void rotate(const int64_t* positions, T* q, T* k, const T* cos_sin, int64_t num_
             int64_t num_kv_heads, int64_t head_dim, int64_t rotary_dim, int64_t q_stride, int64_t k_stride,
             int32_t num_threads) {
   const int64_t half = rotary_dim / 2;
-  for_rows<T>(num_rows, num_threads, [=](int64_t r) {
+  for_rows(num_rows, num_threads, [=](int64_t r) {
     const T* cos = cos_sin + positions[r] * rotary_dim;
     rotate_row(q + r * q_stride, num_heads, head_dim, cos, cos + half, half);
     rotate_row(k + r * k_stride, num_kv_heads, head_dim, cos, cos + half, half);
