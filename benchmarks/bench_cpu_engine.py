@@ -43,8 +43,9 @@ VOCABULARY = 40_000
 NEAR_TIE_NATS = 0.25  # two steps of a bf16 logit near 20
 NUM_CHECKED, CHECKED_TOKENS = 8, 24
 WORDS = "the cat river stone green music window paper under seven quiet mountain garden yellow morning".split()
-QUICK = {(1, 300): 32, (8, 300): 16, (32, 300): 16, (96, 300): 8}
-FULL = {(n, length): tokens for n, tokens in ((1, 64), (8, 32), (32, 24), (96, 12)) for length in (32, 300, 1000)}
+QUICK = {(1, 300): 64, (8, 300): 32, (32, 300): 32, (96, 300): 16}
+FULL = {(n, length): tokens for n, tokens in ((1, 64), (8, 32), (32, 32), (96, 16)) for length in (32, 300, 1000)}
+ROUNDS = 2
 LLAMACPP_REQUESTS = (1, 8, 32)
 LLAMACPP_TOKENS = 48
 
@@ -56,11 +57,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--no-llamacpp", action="store_true", help="leave llama.cpp out")
     parsed = parser.parse_args()
-    cells, rounds = (QUICK, 1) if parsed.quick else (FULL, 2)
+    cells = QUICK if parsed.quick else FULL
     python = None if parsed.no_llamacpp else llamacpp_python()
     capacity = str(max(n * (length + tokens + 16) for (n, length), tokens in cells.items()) + 4096)
     with sglang(stock=True, capacity=capacity) as stock, sglang(stock=False, capacity=capacity) as ours:
-        figures = asyncio.run(measure_decode({"torch_native": stock[1], "ours": ours[1]}, cells, rounds))
+        figures = asyncio.run(measure_decode({"torch_native": stock[1], "ours": ours[1]}, cells))
         figures |= memory_figures({"torch_native": stock[0], "ours": ours[0]})
         if python is not None:
             figures |= compare_llamacpp(python, ours[1])
@@ -75,7 +76,7 @@ def main() -> int:
 def sglang(stock: bool, capacity: str) -> Iterator[tuple[int, str]]:
     """An engine without a head: its process id and address."""
     arguments: tuple[str, ...] = ("--max-total-tokens", capacity, "--max-running-requests", "96")
-    environment = {}
+    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))}
     if stock:
         arguments += ("--attention-backend", "torch_native")
         environment["SGLANG_PLUGINS"] = "lenvm_cpu"  # the platform alone
@@ -86,26 +87,32 @@ def sglang(stock: bool, capacity: str) -> Iterator[tuple[int, str]]:
         yield process.pid, url
 
 
-async def measure_decode(urls: dict[str, str], cells: dict[tuple[int, int], int], rounds: int) -> dict[str, float]:
+async def measure_decode(urls: dict[str, str], cells: dict[tuple[int, int], int]) -> dict[str, float]:
     """Tokens/s of every engine and cell, and the ratios."""
     figures: dict[str, float] = {}
-    async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=96, keepalive_expiry=1.0)) as client:
+    async with new_client(max_connections=96) as client:
         figures["greedy_equal_share"] = await check_greedy(client, urls["torch_native"], urls["ours"])
         for (num_requests, length), num_tokens in cells.items():
             prompts = [make_ids(length, index) for index in range(num_requests)]
             times = dict.fromkeys(urls, 0.0)
             for url in urls.values():
                 await run_batch(client, url, prompts, 1)
-            for _ in range(rounds):
+            for _ in range(ROUNDS):
                 for name, url in urls.items():
                     times[name] += await run_batch(client, url, prompts, num_tokens)
             for name, elapsed in times.items():
-                figures[f"{name}_{num_requests}x{length}_tokens_per_s"] = rounds * num_requests * num_tokens / elapsed
+                figures[f"{name}_{num_requests}x{length}_tokens_per_s"] = ROUNDS * num_requests * num_tokens / elapsed
             ratio = times["torch_native"] / times["ours"]
             figures[f"ours_over_torch_native_{num_requests}x{length}"] = ratio
             print(f"{num_requests} x {length}: ours / torch_native {ratio:.2f}", file=sys.stderr, flush=True)
     figures["ours_over_torch_native_1"] = figures["ours_over_torch_native_1x300"]
     return figures
+
+
+def new_client(max_connections: int) -> httpx.AsyncClient:
+    """A client that waits as long as it takes, and drops idle connections before uvicorn does (5 s)."""
+    limits = httpx.Limits(max_connections=max_connections, keepalive_expiry=1.0)
+    return httpx.AsyncClient(timeout=None, limits=limits)
 
 
 async def run_batch(client: httpx.AsyncClient, url: str, prompts: list[list[int]], num_tokens: int) -> float:
@@ -192,7 +199,7 @@ def compare_llamacpp(python: Path, our_url: str) -> dict[str, float]:
 async def measure_completions(url: str, model: str, options: dict[str, Any]) -> dict[int, float]:
     """Tokens/s of ``/v1/completions`` for each number of requests at once."""
     rates = {}
-    async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=32)) as client:
+    async with new_client(max_connections=32) as client:
 
         async def complete(index: int) -> None:
             body = {
