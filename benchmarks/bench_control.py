@@ -101,7 +101,7 @@ async def run(url: str, tasks_file: Path | None, quick: bool, methods: tuple[str
     tokenizer = AutoTokenizer.from_pretrained(ensure_default_model())
     cases = build_cases(read_tasks(tasks_file, quick), tokenizer, methods)
     semaphore = asyncio.Semaphore(CONCURRENCY)
-    async with httpx.AsyncClient(base_url=url, timeout=None) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=None, trust_env=False) as client:
         await check_engine(client, tokenizer)
         progress = tqdm(total=len(cases), desc="answers", file=sys.stderr)
 

@@ -119,7 +119,7 @@ async def measure_decode(urls: dict[str, str], cells: dict[tuple[int, int], int]
 def new_client(max_connections: int) -> httpx.AsyncClient:
     """A client that waits as long as it takes, and drops idle connections before uvicorn does (5 s)."""
     limits = httpx.Limits(max_connections=max_connections, keepalive_expiry=1.0)
-    return httpx.AsyncClient(timeout=None, limits=limits)
+    return httpx.AsyncClient(timeout=None, trust_env=False, limits=limits)
 
 
 async def run_batch(client: httpx.AsyncClient, url: str, prompts: list[list[int]], num_tokens: int) -> float:
@@ -254,7 +254,7 @@ def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and server.poll() is None:
         try:
-            if httpx.get(url).status_code == 200:
+            if httpx.get(url, trust_env=False).status_code == 200:
                 return
         except httpx.TransportError:
             time.sleep(0.3)

@@ -131,7 +131,9 @@ async def measure_engine(
     url: str, kinds: tuple[Kind, ...], chosen: Setting, times: dict[str, list[float]], greedy: list[list[int]]
 ) -> None:
     """Rounds that alternate between the kinds of one engine; the first round warms up."""
-    async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=chosen.concurrency)) as client:
+    async with httpx.AsyncClient(
+        timeout=None, trust_env=False, limits=httpx.Limits(max_connections=chosen.concurrency)
+    ) as client:
         await check(client, url, kinds, greedy)
         for number in range(chosen.rounds + 1):
             for kind in kinds:

@@ -175,7 +175,9 @@ def _plain_requests(prompts: list[Prompt], tokenizer: Any, url: str) -> int:
 
     async def run() -> int:
         queue = iter(ids)
-        async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=CONCURRENCY)) as client:
+        async with httpx.AsyncClient(
+            timeout=None, trust_env=False, limits=httpx.Limits(max_connections=CONCURRENCY)
+        ) as client:
 
             async def work() -> int:
                 count = 0

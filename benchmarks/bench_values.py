@@ -49,7 +49,9 @@ def main() -> int:
 
 async def measure(plain_url: str, head_url: str, rounds: int, num_tokens: int) -> dict[str, float]:
     """Alternate the three kinds of runs; returns ratios of throughput and the absolute tokens/s."""
-    async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=CONCURRENCY)) as client:
+    async with httpx.AsyncClient(
+        timeout=None, trust_env=False, limits=httpx.Limits(max_connections=CONCURRENCY)
+    ) as client:
         await check(client, plain_url, head_url)
         kinds = {"plain": (plain_url, None), "values": (head_url, None), "control": (head_url, num_tokens)}
         times = dict.fromkeys(kinds, 0.0)

@@ -206,7 +206,7 @@ def _wait_until_ready(name: str, process: subprocess.Popen[bytes], url: str, log
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(url, timeout=30).status_code == 200
+        return httpx.get(url, timeout=30, trust_env=False).status_code == 200
     except httpx.TransportError:
         return False
 

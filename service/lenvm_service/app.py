@@ -81,7 +81,7 @@ class Gateway:
 
     async def generate(self, request: Request) -> ASGIApp:
         """A chat or text completion, streamed or not."""
-        generation = read_generation(request.url.path, await self._read_body(request), self.config)
+        generation = read_generation(request.scope["path"], await self._read_body(request), self.config)
         profile = await self.engine.profile()
         check_profile(generation, profile, self.config)
         return Relay(self.config, self.engine, self.metrics, generation, profile)
@@ -93,6 +93,7 @@ class Gateway:
         check_profile(generation, profile, self.config)
         answer: dict[str, Any] = {}
         await run_while_connected(request.receive, self._ask_prediction(generation, profile, answer))
+        self.metrics.prompt_tokens.labels(profile.model_id).inc(answer["prompt_tokens"])
         return _json(answer)
 
     async def show_values(self, request: Request) -> Response:
@@ -149,6 +150,8 @@ class Gateway:
                 return orjson.loads(await response.aread())
         except TimeoutError:
             raise EngineTimeout("The engine did not answer in time") from None
+        except orjson.JSONDecodeError:
+            raise EngineBroken("The engine's answer is not JSON") from None
 
     def _models(self, profile: EngineProfile) -> list[Mapping[str, Any]]:
         base = profile.models[0]

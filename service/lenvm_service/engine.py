@@ -45,23 +45,33 @@ class Engine:
         )
         self._profile: EngineProfile | None = None
         self._started: object = None
-        self._loading = asyncio.Lock()
+        self._checking: asyncio.Task[EngineProfile] | None = None
 
     async def aclose(self) -> None:
         """Close all connections."""
+        if self._checking is not None:
+            self._checking.cancel()
         await self._client.aclose()
 
     async def profile(self) -> EngineProfile:
         """What the engine serves, asked once until it fails. Raises EngineUnavailable."""
-        if self._profile is not None:
-            return self._profile
-        async with self._loading:
-            return self._profile or await self._load()
+        return self._profile or await self.check_ready()
 
     async def check_ready(self) -> EngineProfile:
-        """Ask the engine now whether it is healthy and carries the plugin. Raises EngineUnavailable."""
-        async with self._loading:
-            return await self._load()
+        """Ask the engine whether it is healthy and carries the plugin; who asks meanwhile shares the answer.
+
+        Requests go on with the last profile: SGLang's health check alone takes a second or more.
+        Raises EngineUnavailable.
+        """
+        if self._checking is None:
+            self._checking = asyncio.create_task(self._load())
+            self._checking.add_done_callback(self._end_check)
+        return await asyncio.shield(self._checking)
+
+    def _end_check(self, check: asyncio.Task[EngineProfile]) -> None:
+        self._checking = None
+        if not check.cancelled():
+            check.exception()  # retrieved, should all who asked have left
 
     @asynccontextmanager
     async def post(self, path: str, body: bytes) -> AsyncIterator[httpx.Response]:
@@ -86,18 +96,19 @@ class Engine:
             param, text = explain_refusal(message)
             return InvalidRequest(text, param=param or error.get("param"))
         log.warning("engine answered %d: %s", status, message[:500])
-        if status == 503:
+        if status in (429, 503):
             return self._unavailable("The engine is overloaded or stopping")
         return EngineFailed("The engine failed on this request")
 
     async def _load(self) -> EngineProfile:
-        self._metrics.engine_up.set(0)
-        self._profile, previous = None, self._profile
         try:
             async with asyncio.timeout(self._config.ready_timeout_s):
-                profile = await self._ask(previous)
+                profile = await self._ask(self._profile)
         except (TimeoutError, httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
             log.warning("engine not ready: %r", error)
+            self._metrics.engine_up.set(0)
+            if not isinstance(error, TimeoutError):  # slow is not gone
+                self._profile = None
             raise self._unavailable("The engine is not ready") from None
         self._profile = profile
         self._metrics.engine_up.set(1)

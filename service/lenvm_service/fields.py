@@ -50,6 +50,13 @@ def anything(field: str, value: Any) -> None:
     """A field whose check needs the others: see ``validation``."""
 
 
+def _only(field: str, value: Mapping[str, Any], *known: str) -> None:
+    """Raises UnknownField for a key that SGLang would not read."""
+    for key in value:
+        if key not in known:
+            raise UnknownField(f"{field}.{key[:80]}", f"known: {', '.join(known)}")
+
+
 def integer(low: int, high: int) -> Check:
     """An integer from ``low`` to ``high``."""
 
@@ -110,9 +117,8 @@ def logit_bias(field: str, value: Any) -> None:
 def stream_options(field: str, value: Any) -> None:
     """``include_usage`` and SGLang's ``continuous_usage_stats``."""
     mapping(field, value)
+    _only(field, value, "include_usage", "continuous_usage_stats")
     for key, one in value.items():
-        if key not in ("include_usage", "continuous_usage_stats"):
-            raise UnknownField(f"{field}.{key}", "known: include_usage, continuous_usage_stats")
         if one is not None:
             boolean(f"{field}.{key}", one)
 
@@ -140,6 +146,7 @@ def response_format(field: str, value: Any) -> None:
         if not isinstance(schema, dict) or not isinstance(schema.get("schema"), dict):
             raise InvalidField(f"{field}.json_schema.schema", "must be an object")
         text(f"{field}.json_schema.name", schema.get("name"))
+        _only(f"{field}.json_schema", schema, "name", "description", "schema", "strict")
 
 
 def tools(field: str, value: Any) -> None:
@@ -151,7 +158,9 @@ def tools(field: str, value: Any) -> None:
         here = f"{field}[{index}]"
         if not isinstance(tool, dict) or tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
             raise InvalidField(here, 'must be {"type": "function", "function": {...}}')
+        _only(here, tool, "type", "function")
         text(f"{here}.function.name", tool["function"].get("name"))
+        _only(f"{here}.function", tool["function"], "name", "description", "parameters", "strict")
         if tool["function"]["name"] in names:
             raise InvalidField(f"{here}.function.name", "is used twice")
         names.add(tool["function"]["name"])
@@ -182,6 +191,12 @@ def _message(here: str, message: Any) -> None:
     for key, value in message.items():
         if key not in MESSAGE_FIELDS and value is not None:
             raise UnknownField(f"{here}.{key}", f"known message fields: {', '.join(MESSAGE_FIELDS)}")
+    for key in ("name", "tool_call_id", "reasoning_content"):
+        if message.get(key) is not None and not isinstance(message[key], str):
+            raise InvalidField(f"{here}.{key}", "must be a string")
+    calls = message.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise InvalidField(f"{here}.tool_calls", "must be a list of objects")
     content = message.get("content")
     if content is None and not (message["role"] == "assistant" and message.get("tool_calls")):
         raise InvalidField(f"{here}.content", "is required")
@@ -198,9 +213,12 @@ def _part(here: str, part: Any) -> None:
     if kind == "text":
         if not isinstance(part.get("text"), str):
             raise InvalidField(f"{here}.text", "must be a string")
+        _only(here, part, "type", "text")
     elif kind == "image_url":
         if not isinstance(part.get("image_url"), dict) or not isinstance(part["image_url"].get("url"), str):
             raise InvalidField(f"{here}.image_url.url", "must be a string")
+        _only(here, part, "type", "image_url")
+        _only(f"{here}.image_url", part["image_url"], "url", "detail")
     else:
         raise UnsupportedField(f"{here}.type", "must be text or image_url")
 

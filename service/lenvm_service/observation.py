@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from time import perf_counter
@@ -56,6 +57,10 @@ class Observer:
         if not event.startswith(DATA):
             return Event.CHUNK  # a comment
         chunk = _parse(event[len(DATA) :])
+        with _well_formed():
+            return self._see_chunk(chunk)
+
+    def _see_chunk(self, chunk: Mapping[str, Any]) -> Event:
         if "error" in chunk:
             error = chunk["error"]
             self.error = error if isinstance(error, dict) else {"message": str(error)}
@@ -72,9 +77,10 @@ class Observer:
     def see_answer(self, body: bytes) -> None:
         """Count an answer that was not streamed."""
         answer = _parse(body)
-        self._usage = answer.get("usage") or {}
-        for choice in answer.get("choices", []):
-            self._see_lenvm(self._choices.setdefault(choice["index"], _Choice()), choice.get("lenvm") or {})
+        with _well_formed():
+            self._usage = answer.get("usage") or {}
+            for choice in answer["choices"]:
+                self._see_lenvm(self._choices.setdefault(choice["index"], _Choice()), choice.get("lenvm") or {})
 
     def finish(self, *, completed: bool) -> None:
         """Add the request's totals. ``completed``: the client got the whole answer."""
@@ -129,6 +135,14 @@ class Observer:
             target = control.factor * choice.prediction["expected"]
         if target and num_tokens and ended != "abort":
             self._metrics.control_deviation.labels(control.mode).observe((num_tokens - target) / target)
+
+
+@contextmanager
+def _well_formed() -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError):
+        raise EngineBroken("The engine's answer is malformed") from None
 
 
 def _has_text(choice: Mapping[str, Any]) -> bool:

@@ -82,7 +82,8 @@ class Relay:
         self._splitter = EventSplitter()
         self._begun = False  # the response's start was sent
         self._ended = False  # the terminal event was taken
-        self._completed = False  # and it, or the whole answer, says that all is well
+        self._completed = False  # and it says that all is well
+        self._delivered = False  # and the client has it, or has the whole answer
         self._sending = False  # the client, not the engine, is being waited for
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -90,14 +91,14 @@ class Relay:
         try:
             await run_while_connected(receive, work)
         except ClientGone:
-            if not self._ended:
+            if self._sending or not self._ended:
                 raise
         except asyncio.CancelledError:  # the gateway is stopping and cannot wait any longer
             if self._begun and not self._ended:
                 await self._send_last(send, EngineUnavailable("The server is stopping"))
             raise
         finally:
-            self._observer.finish(completed=self._completed)
+            self._observer.finish(completed=self._delivered)
 
     async def _relay_answer(self, send: Send) -> None:
         try:
@@ -109,10 +110,10 @@ class Relay:
         except TimeoutError:
             raise EngineTimeout("The engine did not answer in time") from None
         self._observer.see_answer(body)
-        self._ended = self._completed = True
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+        self._ended = self._delivered = True
 
     async def _relay_events(self, send: Send) -> None:
         try:
@@ -139,6 +140,7 @@ class Relay:
                     if events:
                         limit.reschedule(clock() + self._config.client_timeout_s)
                         await self._send(send, events)
+                        self._delivered = self._completed
                     if self._ended and not self._completed:
                         return
                     limit.reschedule(clock() + (_CLOSE_S if self._ended else self._config.idle_timeout_s))

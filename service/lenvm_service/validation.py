@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from .fields import CHAT, COMPLETION, PREDICTION, Check, check_fields
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETION_PATH = "/v1/completions"
+MAX_DEPTH = 64
 DEFAULT_COMPLETION_TOKENS = 16  # of /v1/completions, OpenAI's and SGLang's
 _DROPPED = ("user", "max_length_hint", "length_control", "length_values")  # never sent to the engine
 
@@ -132,7 +133,20 @@ def read_body(known: Mapping[str, Check], raw: bytes) -> dict[str, Any]:
         raise MalformedBody(f"The body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise MalformedBody("The body must be a JSON object")
+    if _is_deeper(body, MAX_DEPTH):
+        raise MalformedBody(f"The body must be nested at most {MAX_DEPTH} deep")
     return check_fields(known, body)
+
+
+def _is_deeper(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit + 1):
+        level = [child for one in level if isinstance(one, dict | list) for child in _children(one)]
+    return bool(level)
+
+
+def _children(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def require(body: Mapping[str, Any], *names: str) -> None:

@@ -77,7 +77,7 @@ async def test_requests_above_the_limit_are_429(engine):
     assert (await gateway.http.get("/v1/models")).status_code == 200
     open_ones[0].leave()
     await open_ones[0].task
-    engine.answer = lambda body: json_response({})
+    engine.answer = lambda body: json_response({"choices": []})
     assert (await gateway.chat()).status_code == 200
     open_ones[1].leave()
     await open_ones[1].task
@@ -89,7 +89,7 @@ async def test_each_key_has_its_own_limit(engine):
     waiting = asyncio.create_task(gateway.post("/v1/chat/completions", chat_body(), authorization="Bearer one"))
     while engine.script is None:
         await asyncio.sleep(0)
-    engine.answer = lambda body: json_response({})
+    engine.answer = lambda body: json_response({"choices": []})
     refused = await gateway.post("/v1/chat/completions", chat_body(), authorization="Bearer one")
     assert_error(refused, 429, "rate_limit_exceeded")
     other = await gateway.post("/v1/chat/completions", chat_body(), authorization="Bearer two")
@@ -105,7 +105,7 @@ async def test_slots_come_back_whatever_happens(engine):
         assert (await gateway.chat(**fields)).status_code in (400, 404)
     engine.play(httpx.ReadError("reset"))
     assert (await gateway.chat(stream=True)).status_code == 502
-    engine.answer = lambda body: json_response({})
+    engine.answer = lambda body: json_response({"choices": []})
     assert (await gateway.chat()).status_code == 200
 
 
