@@ -2,7 +2,8 @@
 
 Tasks of LIFEBench x targets x modes, each answered five ways with the same sampling (temperature 1,
 top-p 0.999, top-k 15): ``natural`` and ``hard`` control, the prompt alone (``prompt_only``), EOS banned
-and then forced at the target (``force``). Every prompt asks for the length in words, too.
+and then forced at the target (``force``; ``at_most`` bans nothing; the forced EOS has no part in the
+log-probability). Every prompt asks for the length in words, too.
 
 A natural end is the model's own EOS after a finished sentence. The log-probability per token is the
 base model's, of the answer given the prompt, scored afterwards without control; its cost is the

@@ -5,12 +5,13 @@ project's plugin left out, its platform class kept, without which SGLang does no
 in the prefix cache when the clock starts, so that next to all of the time is decoding. Rounds alternate; engines that
 are not asked are idle.
 
-llama.cpp: the OpenAI server of llama-cpp-python on the GGUF file that our bf16 folder is made from, whole requests
-with short prompts, prefill included. That server answers one request at a time; it runs with 1 and with 2 threads, and
-the better counts. Its environment is built once, in the user's cache (a few minutes), for this CPU but without AMX:
-with it this version crashes at the first token of this model.
+llama.cpp: the OpenAI server of llama-cpp-python on the 4-bit GGUF file that our bf16 folder is made from, whole
+requests with short prompts, prefill included. That server answers one request at a time; it runs with one thread, with
+half of the cores and with all, and the best counts. Its environment is built once, in the user's cache (a few minutes),
+for this CPU but without AMX: with it this version crashes at the first token of this model.
 
-Checked first: greedy tokens of the two SGLang engines are the same, or part at a near tie of the stock engine's logits.
+Checked first: greedy tokens of the two SGLang engines for a batch of word prompts are the same, or part at a near tie
+of the stock engine's logits.
 Peak memory is the sum of the processes' high-water marks of resident memory.
 
     python benchmarks/bench_cpu_engine.py [--quick] [--json FILE] [--no-llamacpp]
@@ -43,7 +44,7 @@ LLAMACPP = "llama-cpp-python[server]==0.3.36"
 LLAMACPP_FLAGS = "-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8"
 VOCABULARY = 40_000
 NEAR_TIE_NATS = 0.25  # two steps of a bf16 logit near 20
-NUM_CHECKED, CHECKED_TOKENS = 8, 24
+NUM_CHECKED, CHECKED_TOKENS = 32, 24
 WORDS = "the cat river stone green music window paper under seven quiet mountain garden yellow morning".split()
 QUICK = {(1, 300): 64, (8, 300): 32, (32, 300): 32, (96, 300): 16}
 FULL = {(n, length): tokens for n, tokens in ((1, 64), (8, 32), (32, 32), (96, 16)) for length in (32, 300, 1000)}
@@ -133,13 +134,14 @@ async def run_batch(client: httpx.AsyncClient, url: str, prompts: list[list[int]
 
 async def check_greedy(client: httpx.AsyncClient, stock_url: str, our_url: str) -> float:
     """Share of prompts with the same greedy tokens; stops where a difference is no near tie."""
+    prompts = [make_text(1000 + index, 20 + 10 * index) for index in range(NUM_CHECKED)]
+    options = {"return_logprob": True, "top_logprobs_num": 8}
+    answers = [
+        await asyncio.gather(*(generate(client, url, prompt, CHECKED_TOKENS, **options) for prompt in prompts))
+        for url in (stock_url, our_url)
+    ]
     same = 0
-    for index in range(NUM_CHECKED):
-        prompt = make_text(1000 + index, 20 + 25 * index)
-        stock, ours = [
-            await generate(client, url, prompt, CHECKED_TOKENS, return_logprob=True, top_logprobs_num=8)
-            for url in (stock_url, our_url)
-        ]
+    for stock, ours in zip(*answers, strict=True):
         pairs = zip(stock["output_ids"], ours["output_ids"], strict=True)
         parted = next((step for step, (a, b) in enumerate(pairs) if a != b), None)
         if parted is None:
@@ -169,7 +171,9 @@ def make_ids(length: int, seed: int) -> list[int]:
 
 def make_text(seed: int, num_words: int) -> str:
     """A prompt of its own, of words."""
-    return " ".join(WORDS[(seed * 7 + place * (3 + seed % 4)) % len(WORDS)] for place in range(num_words))
+    return f"Note {seed}: " + " ".join(
+        WORDS[(seed * 7 + place * (3 + seed % 4)) % len(WORDS)] for place in range(num_words)
+    )
 
 
 def memory_figures(processes: dict[str, int]) -> dict[str, float]:
@@ -191,7 +195,8 @@ def compare_llamacpp(python: Path, our_url: str) -> dict[str, float]:
     """Whole requests of LLAMACPP_TOKENS greedy tokens: tokens/s of both servers, and the ratios."""
     ours = asyncio.run(measure_completions(our_url, default_model.MODEL_NAME, {"ignore_eos": True}))
     theirs: dict[int, float] = {}
-    for num_threads in (1, 2):
+    cores = len(os.sched_getaffinity(0))
+    for num_threads in sorted({1, max(1, cores // 2), cores}):
         with llamacpp_server(python, num_threads) as url:
             measured = asyncio.run(measure_completions(url, "model", {"min_tokens": LLAMACPP_TOKENS}))
         print(f"llama.cpp with {num_threads} threads: {measured}", file=sys.stderr, flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-_SENTENCE_END = re.compile(r"[.!?:;。！？…][\"'”’)\]*_`»]*\s*$|```\s*$|[)\]}|]\s*$|\n\s*$")
+_SENTENCE_END = re.compile(r"[.!?。！？…][\"'”’)\]*_`»]*\s*$|```\s*$|\|\s*$")
 
 
 def deviation(length: int, target: int) -> float:
@@ -22,5 +22,5 @@ def score(mode: str, length: int, target: int) -> float:
 
 
 def ends_sentence(text: str) -> bool:
-    """Whether a text ends after a finished sentence, list item, table or code block."""
+    """Whether a text ends after a finished sentence, a table's row or a code block."""
     return bool(_SENTENCE_END.search(text))

@@ -28,6 +28,7 @@ def test_shipped_configuration_collects_the_gateways_series(
 ) -> None:
     client.completions.create(model=model_name, prompt="One, two,", max_tokens=4)
     config = CONFIG.read_text().replace("127.0.0.1:8000", stack.gateway_url.removeprefix("http://"))
+    assert "15s" in config
     (tmp_path / "prometheus.yml").write_text(config.replace("15s", "1s"))
     address = f"127.0.0.1:{free_port()}"
     arguments = [f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data"]
@@ -40,7 +41,7 @@ def test_shipped_configuration_collects_the_gateways_series(
         assert wait_for_value(address, "sum(lenvm_generation_tokens_total)") >= 4
         assert wait_for_value(address, 'lenvm_requests_total{route="/v1/completions",status="200"}') >= 1
     finally:
-        server.terminate()
+        server.kill()
         server.wait(20)
 
 
