@@ -66,8 +66,8 @@ def steer_candidates(
         kernel.at_most_long,
         kernel.equal_strength,
         kernel.bound_strength,
-        kernel.equal_min_eos,
-        kernel.equal_haste,
+        kernel.min_eos,
+        kernel.eos_haste,
         BLOCK_C=triton.next_power_of_2(num_candidates),
         BLOCK_M=triton.next_power_of_2(num_bins),
     )
@@ -119,8 +119,8 @@ def _steer_row(  # type: ignore[no-untyped-def]
     at_most_long,
     equal_strength,
     bound_strength,
-    equal_min_eos,
-    equal_haste,
+    min_eos,
+    eos_haste,
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -148,7 +148,8 @@ def _steer_row(  # type: ignore[no-untyped-def]
     unmet = (mode == _AT_LEAST) & (end_length < target)
     others_left = tl.max(((given > float("-inf")) & (is_eos == 0)).to(tl.int32), axis=0) > 0
     excess = tl.maximum((end_length - target) / target, 0.0)
-    cutting = (mode == _EQUAL) & (hard == 0) & (tl.exp(given) < equal_min_eos * tl.exp(-equal_haste * excess))  # [C]
+    floored = ((mode == _EQUAL) | (mode == _AT_MOST)) & (hard == 0)
+    cutting = floored & (tl.exp(given) < min_eos * tl.exp(-eos_haste * excess))  # [C]
     logprobs = tl.where(is_eos & (unmet | cutting) & others_left, float("-inf"), given)
     candidate = logprobs > float("-inf")
 
@@ -162,7 +163,8 @@ def _steer_row(  # type: ignore[no-untyped-def]
     values = tl.where(is_eos, 0.0, values)
     highest_value = tl.max(tl.where(candidate, values, float("-inf")), axis=0)
 
-    strength = tl.where(mode == _EQUAL, equal_strength, bound_strength)
+    urgent = (mode == _EQUAL) | ((mode == _AT_MOST) & (end_length > target))
+    strength = tl.where(urgent, equal_strength, bound_strength)
     weighted = logprobs + tl.where(tilted, beta * (values - highest_value), strength * log_psi)
     weighted = tl.where(candidate, weighted, float("-inf"))
     reachable = tl.max(weighted, axis=0) > float("-inf")

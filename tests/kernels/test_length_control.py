@@ -35,8 +35,8 @@ KERNEL = PreferenceKernel(
     at_most_long=30.0,
     equal_strength=1.5,
     bound_strength=2.5,
-    equal_min_eos=0.02,
-    equal_haste=40.0,
+    min_eos=0.02,
+    eos_haste=40.0,
 )
 GRID = [(b, c, m) for b in (1, 3, 17) for c in (1, 2, 33) for m in (1, 24)]
 CONTROLS = [(mode, strategy) for mode in Mode for strategy in Strategy]
@@ -142,8 +142,8 @@ def expected_row(batch: Batch, i: int) -> list[float]:
         return [w / sum(weights) for w in weights]
     left = [c for c in columns if given[c] > 0]
     least_eos = 1.0 if mode == Mode.AT_LEAST else 0.0
-    if mode == Mode.EQUAL and batch.strategy[i] == Strategy.NATURAL:
-        least_eos = KERNEL.equal_min_eos * math.exp(-KERNEL.equal_haste * max((end - target) / target, 0))
+    if mode in (Mode.EQUAL, Mode.AT_MOST) and batch.strategy[i] == Strategy.NATURAL:
+        least_eos = KERNEL.min_eos * math.exp(-KERNEL.eos_haste * max((end - target) / target, 0))
     if any(not eos[c] for c in left):
         left = [c for c in left if not eos[c] or given[c] >= least_eos]
     if batch.strategy[i] == Strategy.HARD:
@@ -161,7 +161,8 @@ def expected_row(batch: Batch, i: int) -> list[float]:
         else sum(p * kernel_worth(end + n, mode, target) for p, n in zip(bins[c], lengths, strict=True))
         for c in columns
     ]
-    strength = KERNEL.equal_strength if mode == Mode.EQUAL else KERNEL.bound_strength
+    urgent = mode == Mode.EQUAL or (mode == Mode.AT_MOST and end > target)
+    strength = KERNEL.equal_strength if urgent else KERNEL.bound_strength
     weights = [given[c] * psi[c] ** strength if c in left else 0.0 for c in columns]
     return [w / sum(weights) for w in weights]
 
@@ -256,21 +257,22 @@ def test_at_least_bars_eos_until_the_target_unless_nothing_else_is_left() -> Non
     assert torch.equal(at_target, batch.candidate_logprobs)
 
 
-def test_equal_ends_only_where_the_model_gives_eos_a_chance() -> None:
+@pytest.mark.parametrize("mode", [Mode.EQUAL, Mode.AT_MOST])
+def test_answers_end_only_where_the_model_gives_eos_a_chance(mode: Mode) -> None:
     batch = make_batch(3, 3, 24)
     batch.eos_mask = torch.tensor([[False, False, True]]).expand(3, -1)
-    least = KERNEL.equal_min_eos
+    least = KERNEL.min_eos
     batch.candidate_logprobs = torch.log(
         torch.tensor([[0.5, 0.5 - 0.9 * least, 0.9 * least], [0.5, 0.5 - 1.1 * least, 1.1 * least], [0.0, 0.0, 1.0]])
     )
     at_target = dict(target=torch.full((3,), 10.0), num_generated=torch.full((3,), 9))
-    natural = with_control(batch, Mode.EQUAL, **at_target).steer().exp()
+    natural = with_control(batch, mode, **at_target).steer().exp()
     assert natural[0, 2] == 0
     assert natural[1, 2] > 1.1 * least
     assert natural[2, 2] == 1
-    late = with_control(batch, Mode.EQUAL, **at_target | {"num_generated": torch.full((3,), 10)}).steer().exp()
+    late = with_control(batch, mode, **at_target | {"num_generated": torch.full((3,), 10)}).steer().exp()
     assert late[0, 2] > 0
-    hard = with_control(batch, Mode.EQUAL, Strategy.HARD, **at_target).steer().exp()
+    hard = with_control(batch, mode, Strategy.HARD, **at_target).steer().exp()
     assert (hard[:, 2] == 1).all()
 
 
@@ -332,7 +334,7 @@ class Chain:
             torch.full((rows,), target),
             torch.zeros(rows),
             GAMMA,
-            replace(KERNEL, equal_strength=1.0, bound_strength=1.0, equal_min_eos=0.0),
+            replace(KERNEL, equal_strength=1.0, bound_strength=1.0, min_eos=0.0),
         )
         return steered.double().exp().view_as(self.next_probs)
 
