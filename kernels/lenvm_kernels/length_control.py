@@ -13,8 +13,9 @@ natural   p'(x) ~ p(x) * psi(x) ** strength,  psi(x) = sum_m P(m | x) * K(t + 1 
           were P exact, answers would follow p(answer) * K(length), the least-KL way to that preference,
           so EOS gets chance only where the model itself ends. A head that knows less than P asks for more
           strength: its psi differs too little between candidates, and less patience at the target, where psi(EOS)
-          stands out: EQUAL and AT_MOST forbid an EOS that would cut a sentence, p < min_eos * exp(-haste * max(d, 0))
-          with d at t + 1. AT_LEAST forbids EOS while t + 1 < target. The last candidate is never forbidden.
+          stands out: EQUAL forbids an EOS that would cut a sentence, p < min_eos * exp(-haste * max(d, 0)) with
+          d at t + 1; AT_MOST so forbids an empty answer, t = 0. AT_LEAST forbids EOS while t + 1 < target.
+          The last candidate is never forbidden.
 hard      one-hot at  EQUAL: argmin |length(v(x)) - max(target - t - 1, 0)|;  AT_LEAST: argmin v(x) while
           t + 1 < target;  AT_MOST: argmax v(x).  (Length Value Model, arXiv 2604.27039; first wins ties)
 tilt      p'(x) ~ p(x) * exp(beta * v(x)): beta > 0 shortens, beta < 0 lengthens; either strategy
@@ -61,9 +62,9 @@ class Strategy(IntEnum):
 class PreferenceKernel:
     """Slopes of K, in nats per relative deviation from the target (>= 0): 20 is 1 nat for 5% off.
 
-    Strengths (> 0): of EQUAL and of an AT_MOST beyond its target, and of the bounds else. ``min_eos``: the least
-    chance, from 0 to below 1, that the model itself must give EOS for EQUAL and AT_MOST to end there; ``eos_haste``:
-    by how many nats it falls per relative deviation beyond the target, so that answers end where no sentence does.
+    Strengths (> 0): of EQUAL, and of the bounds AT_LEAST and AT_MOST. ``min_eos``: the least chance, from 0 to below
+    1, that the model itself must give EOS for EQUAL to end there, and AT_MOST to end at once; ``eos_haste``: by how
+    many nats it falls per relative deviation beyond the target, so that answers end where no sentence does.
     """
 
     equal_short: float = 24.0

@@ -30,7 +30,8 @@ def steer_candidates(
     end_length = (num_generated + 1).float().unsqueeze(-1)  # [B, 1]: the length if x is the last token
     unmet = (mode == Mode.AT_LEAST) & (end_length < target)
 
-    floored = ((mode == Mode.EQUAL) | (mode == Mode.AT_MOST)) & (strategy == Strategy.NATURAL)
+    empty = (mode == Mode.AT_MOST) & (end_length == 1)
+    floored = ((mode == Mode.EQUAL) | empty) & (strategy == Strategy.NATURAL)
     excess = ((end_length - target) / target).clamp(min=0.0)
     cutting = floored & (candidate_logprobs.exp() < kernel.min_eos * (-kernel.eos_haste * excess).exp())
     logprobs = _forbid_eos(candidate_logprobs, eos_mask, unmet | cutting)  # [B, C]
@@ -38,8 +39,7 @@ def steer_candidates(
     values = candidate_values.masked_fill(eos_mask, 0.0)  # [B, C]
 
     tilted = mode >= Mode.TILT
-    urgent = (mode == Mode.EQUAL) | ((mode == Mode.AT_MOST) & (end_length > target))
-    strength = torch.where(urgent, kernel.equal_strength, kernel.bound_strength)
+    strength = torch.where(mode == Mode.EQUAL, kernel.equal_strength, kernel.bound_strength)
     _, highest = _value_range(logprobs, values)  # subtracted: a huge beta must not drown in rounding
     reweighted = _reweigh(logprobs, torch.where(tilted, beta * (values - highest), strength * log_psi))
     chosen = _choose(logprobs, values, (target - end_length).clamp(min=0.0), mode, gamma)

@@ -148,7 +148,7 @@ def _steer_row(  # type: ignore[no-untyped-def]
     unmet = (mode == _AT_LEAST) & (end_length < target)
     others_left = tl.max(((given > float("-inf")) & (is_eos == 0)).to(tl.int32), axis=0) > 0
     excess = tl.maximum((end_length - target) / target, 0.0)
-    floored = ((mode == _EQUAL) | (mode == _AT_MOST)) & (hard == 0)
+    floored = ((mode == _EQUAL) | ((mode == _AT_MOST) & (end_length == 1.0))) & (hard == 0)
     cutting = floored & (tl.exp(given) < min_eos * tl.exp(-eos_haste * excess))  # [C]
     logprobs = tl.where(is_eos & (unmet | cutting) & others_left, float("-inf"), given)
     candidate = logprobs > float("-inf")
@@ -163,8 +163,7 @@ def _steer_row(  # type: ignore[no-untyped-def]
     values = tl.where(is_eos, 0.0, values)
     highest_value = tl.max(tl.where(candidate, values, float("-inf")), axis=0)
 
-    urgent = (mode == _EQUAL) | ((mode == _AT_MOST) & (end_length > target))
-    strength = tl.where(urgent, equal_strength, bound_strength)
+    strength = tl.where(mode == _EQUAL, equal_strength, bound_strength)
     weighted = logprobs + tl.where(tilted, beta * (values - highest_value), strength * log_psi)
     weighted = tl.where(candidate, weighted, float("-inf"))
     reachable = tl.max(weighted, axis=0) > float("-inf")

@@ -142,7 +142,7 @@ def expected_row(batch: Batch, i: int) -> list[float]:
         return [w / sum(weights) for w in weights]
     left = [c for c in columns if given[c] > 0]
     least_eos = 1.0 if mode == Mode.AT_LEAST else 0.0
-    if mode in (Mode.EQUAL, Mode.AT_MOST) and batch.strategy[i] == Strategy.NATURAL:
+    if (mode == Mode.EQUAL or (mode == Mode.AT_MOST and end == 1)) and batch.strategy[i] == Strategy.NATURAL:
         least_eos = KERNEL.min_eos * math.exp(-KERNEL.eos_haste * max((end - target) / target, 0))
     if any(not eos[c] for c in left):
         left = [c for c in left if not eos[c] or given[c] >= least_eos]
@@ -161,8 +161,7 @@ def expected_row(batch: Batch, i: int) -> list[float]:
         else sum(p * kernel_worth(end + n, mode, target) for p, n in zip(bins[c], lengths, strict=True))
         for c in columns
     ]
-    urgent = mode == Mode.EQUAL or (mode == Mode.AT_MOST and end > target)
-    strength = KERNEL.equal_strength if urgent else KERNEL.bound_strength
+    strength = KERNEL.equal_strength if mode == Mode.EQUAL else KERNEL.bound_strength
     weights = [given[c] * psi[c] ** strength if c in left else 0.0 for c in columns]
     return [w / sum(weights) for w in weights]
 
@@ -257,8 +256,19 @@ def test_at_least_bars_eos_until_the_target_unless_nothing_else_is_left() -> Non
     assert torch.equal(at_target, batch.candidate_logprobs)
 
 
-@pytest.mark.parametrize("mode", [Mode.EQUAL, Mode.AT_MOST])
-def test_answers_end_only_where_the_model_gives_eos_a_chance(mode: Mode) -> None:
+def test_at_most_is_not_met_by_an_empty_answer() -> None:
+    batch = make_batch(1, 3, 24)
+    batch.eos_mask = torch.tensor([[False, False, True]])
+    batch.target, batch.num_generated = torch.tensor([1.0]), torch.tensor([0])
+    for chance, ends in ((0.9 * KERNEL.min_eos, False), (1.1 * KERNEL.min_eos, True)):
+        batch.candidate_logprobs = torch.log(torch.tensor([[0.5, 0.5 - chance, chance]]))
+        assert (with_control(batch, Mode.AT_MOST).steer().exp()[0, 2] > 0) == ends
+    batch.candidate_logprobs = torch.log(torch.tensor([[0.5, 0.4999, 0.0001]]))
+    batch.num_generated = torch.tensor([1])
+    assert with_control(batch, Mode.AT_MOST).steer().exp()[0, 2] > 0
+
+
+def test_equal_ends_only_where_the_model_gives_eos_a_chance() -> None:
     batch = make_batch(3, 3, 24)
     batch.eos_mask = torch.tensor([[False, False, True]]).expand(3, -1)
     least = KERNEL.min_eos
@@ -266,13 +276,13 @@ def test_answers_end_only_where_the_model_gives_eos_a_chance(mode: Mode) -> None
         torch.tensor([[0.5, 0.5 - 0.9 * least, 0.9 * least], [0.5, 0.5 - 1.1 * least, 1.1 * least], [0.0, 0.0, 1.0]])
     )
     at_target = dict(target=torch.full((3,), 10.0), num_generated=torch.full((3,), 9))
-    natural = with_control(batch, mode, **at_target).steer().exp()
+    natural = with_control(batch, Mode.EQUAL, **at_target).steer().exp()
     assert natural[0, 2] == 0
     assert natural[1, 2] > 1.1 * least
     assert natural[2, 2] == 1
-    late = with_control(batch, mode, **at_target | {"num_generated": torch.full((3,), 10)}).steer().exp()
+    late = with_control(batch, Mode.EQUAL, **at_target | {"num_generated": torch.full((3,), 10)}).steer().exp()
     assert late[0, 2] > 0
-    hard = with_control(batch, mode, Strategy.HARD, **at_target).steer().exp()
+    hard = with_control(batch, Mode.EQUAL, Strategy.HARD, **at_target).steer().exp()
     assert (hard[:, 2] == 1).all()
 
 
