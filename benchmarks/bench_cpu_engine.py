@@ -43,7 +43,7 @@ from lenvm_runtime.serve import NO_HEAD, ServeConfig, free_port, running_engine
 LLAMACPP = "llama-cpp-python[server]==0.3.36"
 LLAMACPP_FLAGS = "-DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8"
 VOCABULARY = 40_000
-NEAR_TIE_NATS = 0.5  # four steps of a bf16 logit near 20; after 30 layers in bf16 two implementations differ by some
+NEAR_TIE_NATS = 0.25  # two steps of a bf16 logit near 20
 NUM_CHECKED, CHECKED_TOKENS = 32, 24
 WORDS = "the cat river stone green music window paper under seven quiet mountain garden yellow morning".split()
 QUICK = {(1, 300): 64, (8, 300): 32, (32, 300): 32, (96, 300): 16}
@@ -153,7 +153,7 @@ async def check_greedy(client: httpx.AsyncClient, stock_url: str, our_url: str) 
         chances = {token: logprob for logprob, token, *_ in stock["meta_info"]["output_top_logprobs"][parted]}
         gap = max(chances.values()) - chances.get(ours["output_ids"][parted], -math.inf)
         greatest = max(greatest, gap)
-        assert gap <= NEAR_TIE_NATS, f"the engines part where one token leads by {gap:.2f} nats"
+        assert gap <= NEAR_TIE_NATS + 1e-3, f"the engines part where one token leads by {gap:.2f} nats"
     return {"greedy_equal_share": same / NUM_CHECKED, "greedy_greatest_gap_nats": greatest}
 
 
