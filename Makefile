@@ -1,4 +1,5 @@
-# make serve | make test: set everything up, then serve or test. Variables: HOST PORT MODEL LENVM SGLANG_ARGS.
+# make serve | make test: set everything up, then serve or test. Variables: HOST PORT PRESET MODEL LENVM SGLANG_ARGS.
+include $(if $(PRESET),$(or $(wildcard deploy/models/$(PRESET).env),$(error PRESET=$(PRESET): not one of $(sort $(basename $(notdir $(wildcard deploy/models/*.env)))))))
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
