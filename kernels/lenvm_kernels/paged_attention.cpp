@@ -5,6 +5,8 @@
 // of all query heads of a group plain multiply-adds without horizontal sums, and V is packed once for all of
 // them: every byte of K and V is read once per block of queries. The softmax is online, in fp32.
 //
+// A request with one query (decode) has a path of its own where there are matrix tiles (AMX): see "one query" below.
+//
 // Both products are C += A B with 32-bit elements: fp32 numbers, or pairs of bf16 where the CPU multiplies
 // those (AVX-512 BF16, AMX); there the softmax weights are rounded to bf16, sums stay fp32.
 //
@@ -42,7 +44,7 @@ constexpr int kLanes = 4, kTileVectors = 2, kTileRows = 4;
 #endif
 constexpr int kBlock = 64;           // tokens of K and V handled at once
 constexpr int kStep = 32;            // a last block is rounded up to this many tokens
-constexpr int64_t kSplit = 256;      // keys of one split
+constexpr int64_t kSplit = 512;      // keys of one split
 constexpr int64_t kTargetRows = 192; // query rows (queries x heads of a group) of one item
 constexpr int64_t kPad = 16;         // rows of Q, K and V are padded to this many 32-bit elements
 constexpr int64_t kStripRows = 16;   // of these, the scores of so many are computed at once
@@ -205,8 +207,8 @@ struct Partials {  // per row (split, query head): max, sum, unnormalised output
 // ---- packing ------------------------------------------------------------------------------------------
 
 #if defined(__AVX512F__)
-// 16 rows of 16 dwords -> 16 columns; `out` rows are kBlock dwords apart.
-inline void transpose_16x16(const __m512i* rows, uint32_t* out) {
+// 16 rows of 16 dwords -> 16 columns; `out` rows are `stride` dwords apart.
+inline void transpose_16x16(const __m512i* rows, uint32_t* out, int64_t stride) {
   __m512i a[16], b[16];
   for (int i = 0; i < 8; ++i) {
     a[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
@@ -231,7 +233,7 @@ inline void transpose_16x16(const __m512i* rows, uint32_t* out) {
     columns[4 + i] = _mm512_shuffle_i32x4(a[4 + i], a[12 + i], 0x88);
     columns[12 + i] = _mm512_shuffle_i32x4(a[4 + i], a[12 + i], 0xdd);
   }
-  for (int c = 0; c < 16; ++c) _mm512_storeu_si512(out + c * kBlock, columns[c]);
+  for (int c = 0; c < 16; ++c) _mm512_storeu_si512(out + c * stride, columns[c]);
 }
 #endif
 
@@ -243,7 +245,7 @@ inline void transpose(const uint32_t* const* rows, int num_rows, int64_t width, 
       __mmask16 mask = static_cast<__mmask16>((1u << std::min<int64_t>(16, width - d)) - 1);
       __m512i block[16];
       for (int i = 0; i < 16; ++i) block[i] = _mm512_maskz_loadu_epi32(mask, rows[t + i] + d);
-      transpose_16x16(block, out + d * kBlock + t);
+      transpose_16x16(block, out + d * kBlock + t, kBlock);
     }
   }
 #else
@@ -468,6 +470,8 @@ struct Rows {  // the queries and the state of the online softmax of one KV head
 struct Scratch {  // reused by one thread
   std::vector<Rows> heads;
   Buffer<uint32_t> k, k_widened, v;
+  Buffer<uint32_t> query_tiles, key_rows, weights, spread;  // of one query
+  Buffer<float> scores, sums;
   std::vector<int64_t> first, last;  // keys each row sees, [first, last)
 };
 
@@ -632,8 +636,226 @@ void finish_rows(const Problem& p, const Item& item, const Scratch& s, Partials&
   }
 }
 
+// ---- one query -----------------------------------------------------------------------------------------------
+
+#if defined(LENVM_AMX)
+// One query a request on matrix tiles. Scores are [tokens, query heads]: a tile of K is the left operand as it lies in
+// memory, nothing is transposed, and all query heads of up to 16 share the columns (the columns of another KV head's
+// queries are zero, which adds nothing). The softmax runs over 16 heads at once. Then the weights are the left operand
+// and pairs of rows of V the right one; of the 16 rows of the result those of V's own KV head count.
+constexpr int64_t kTile = 16, kHalfTile = 8, kMaxDim = 256, kTileWords = kTile * kTile;
+
+bool fits_one_query(const Problem& p, const Item& item, const TileScope& tiles) {
+  return tiles.active && !p.k_new && p.q_starts[item.req + 1] - p.q_starts[item.req] == 1 && p.group() <= kHalfTile &&
+         p.qk_dim % 32 == 0 && p.v_dim % 32 == 0 && p.v_dim <= kMaxDim && p.logit_cap <= 0;
+}
+
+// The KV heads [begin, end) of an item whose query heads share the 16 columns, and the item's keys.
+struct OneQuery {
+  const Problem& p;
+  const int32_t* slots;  // of the item's keys
+  int64_t num_keys, token, begin, end;
+
+  int64_t column(int64_t head) const { return (head - begin) * p.group(); }
+  int64_t steps() const { return p.qk_dim / 32; }
+  const bf16* key(int64_t t) const { return static_cast<const bf16*>(p.k) + slots[t] * p.k_stride + begin * p.qk_dim; }
+  const bf16* value(int64_t t, int64_t head) const {
+    return static_cast<const bf16*>(p.v) + slots[t] * p.v_stride + head * p.v_dim;
+  }
+};
+
+// A tile per (KV head, 32 elements of a row): [pairs of elements][query heads], zero for the other heads' queries.
+void pack_query_tiles(const OneQuery& x, Scratch& s) {
+  s.query_tiles.assign((x.end - x.begin) * x.steps() * kTileWords, 0);
+  const bf16* q = static_cast<const bf16*>(x.p.q) + x.token * x.p.q_stride;
+  for (int64_t head = x.begin; head < x.end; ++head)
+    for (int64_t j = 0; j < x.p.group(); ++j) {
+      const bf16* row = q + (head * x.p.group() + j) * x.p.qk_dim;
+      uint32_t* to = s.query_tiles.data() + (head - x.begin) * x.steps() * kTileWords + x.column(head) + j;
+      for (int64_t pair = 0; pair < x.p.qk_dim / 2; ++pair) std::memcpy(to + pair * kTile, row + 2 * pair, 4);
+    }
+}
+
+inline bool is_run(const int32_t* slots) {
+  alignas(64) static constexpr int32_t kAscending[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  __m512i expected = _mm512_add_epi32(_mm512_set1_epi32(slots[0]), _mm512_load_si512(kAscending));
+  return _mm512_cmpneq_epi32_mask(expected, _mm512_loadu_si512(slots)) == 0;
+}
+
+struct TileSource {
+  const bf16* rows;
+  int64_t stride;  // in bytes
+};
+
+// Rows t to t + 15 of K or V, in place if they follow one another, else copied; beyond the end the last one again.
+template <class Row>
+inline TileSource row_tile(const OneQuery& x, int64_t t, Row row, int64_t stride, int64_t width, bf16* copy) {
+  if (t + kTile <= x.num_keys && is_run(x.slots + t)) return {row(t), stride * 2};
+  for (int64_t i = 0; i < kTile; ++i) {
+    const bf16* from = row(std::min(t + i, x.num_keys - 1));
+    for (int64_t d = 0; d < width; d += 32) _mm512_storeu_si512(copy + i * width + d, _mm512_loadu_si512(from + d));
+  }
+  return {copy, width * 2};
+}
+
+// scores[keys, to a multiple of 64][16]
+void score_keys(const OneQuery& x, Scratch& s) {
+  const int64_t width = (x.end - x.begin) * x.p.qk_dim;
+  s.key_rows.resize(4 * kTile * width / 2);
+  s.scores.resize(round_up(x.num_keys, kBlock) * kTile);
+  for (int64_t t = 0; t < x.num_keys; t += kBlock) {
+    TileSource keys[4];
+    for (int64_t i = 0; i < 4; ++i)
+      keys[i] = row_tile(x, t + i * kTile, [&](int64_t at) { return x.key(at); }, x.p.k_stride, width,
+                         reinterpret_cast<bf16*>(s.key_rows.data()) + i * kTile * width);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t step = 0; step < (x.end - x.begin) * x.steps(); ++step) {
+      _tile_loadd(4, s.query_tiles.data() + step * kTileWords, 64);
+      _tile_loadd(5, keys[0].rows + step * 32, keys[0].stride);
+      _tile_dpbf16ps(0, 5, 4);
+      _tile_loadd(6, keys[1].rows + step * 32, keys[1].stride);
+      _tile_dpbf16ps(1, 6, 4);
+      _tile_loadd(7, keys[2].rows + step * 32, keys[2].stride);
+      _tile_dpbf16ps(2, 7, 4);
+      _tile_loadd(5, keys[3].rows + step * 32, keys[3].stride);
+      _tile_dpbf16ps(3, 5, 4);
+    }
+    float* out = s.scores.data() + t * kTile;
+    _tile_stored(0, out, 64);
+    _tile_stored(1, out + kTileWords, 64);
+    _tile_stored(2, out + 2 * kTileWords, 64);
+    _tile_stored(3, out + 3 * kTileWords, 64);
+  }
+}
+
+// scores -> weights 2^(score - max) as bf16 in 32-bit words, [tile of 16 keys][query heads][16 keys]; keys before
+// `first` and beyond the end weigh nothing.
+void soften_scores(const OneQuery& x, int64_t first, Scratch& s, vf& max, vf& sum) {
+  const float factor = x.p.scale * kLog2e;
+  const float* scores = s.scores.data();
+  vf best = splat(kMasked);
+  for (int64_t t = first; t < x.num_keys; ++t) {
+    vf score = load(scores + t * kTile);
+    best = score > best ? score : best;
+  }
+  max = best * factor;
+  sum = vf{};
+  s.weights.resize(round_up(x.num_keys, kTile) * kTile);
+  for (int64_t t = 0; t < x.num_keys; t += kTile) {
+    __m512i words[kTile];
+    for (int64_t i = 0; i < kTile; ++i) {
+      vf weight = exp2_vector<bf16>(load(scores + (t + i) * kTile) * factor - max);
+      if (t + i < first || t + i >= x.num_keys) weight = vf{};
+      sum += weight;
+      words[i] = _mm512_cvtepu16_epi32(
+          reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(weight))));
+    }
+    transpose_16x16(words, s.weights.data() + t * kTile, kTile);
+  }
+}
+
+// The weights of one KV head as left operands, a tile each 16 keys: row j holds those of its query head j as the first
+// of each pair, row 8 + j as the second. The rows of V, whose pairs are neighbours in one row, need no packing: the
+// product's row j is the even columns of the result, its row 8 + j the odd ones.
+void spread_weights(const OneQuery& x, int64_t head, Scratch& s) {
+  const int64_t num_words = round_up(x.num_keys, kTile) * kTile;
+  s.spread.resize(num_words);
+  for (int64_t at = 0; at < num_words; at += kTileWords)
+    for (int64_t j = 0; j < x.p.group(); ++j) {
+      __m512i words = _mm512_loadu_si512(s.weights.data() + at + (x.column(head) + j) * kTile);
+      _mm512_storeu_si512(s.spread.data() + at + j * kTile, words);
+      _mm512_storeu_si512(s.spread.data() + at + (kHalfTile + j) * kTile, _mm512_slli_epi32(words, 16));
+    }
+}
+
+// out[16][v_dim / 2]: `spread` times N tiles of columns of V, from column `d` on
+template <int N>
+void weigh_values(const OneQuery& x, int64_t head, int64_t d, Scratch& s, float* out) {
+  alignas(64) bf16 copy[kTile * 32 * N];
+  _tile_zero(0);
+  if constexpr (N > 1) _tile_zero(1);
+  if constexpr (N > 2) _tile_zero(2);
+  if constexpr (N > 3) _tile_zero(3);
+  for (int64_t t = 0; t < x.num_keys; t += kTile) {
+    TileSource v = row_tile(x, t, [&](int64_t i) { return x.value(i, head) + d; }, x.p.v_stride, 32 * N, copy);
+    _tile_loadd(4, s.spread.data() + t * kTile, 64);
+    _tile_loadd(5, v.rows, v.stride);
+    _tile_dpbf16ps(0, 4, 5);
+    if constexpr (N > 1) {
+      _tile_loadd(6, v.rows + 32, v.stride);
+      _tile_dpbf16ps(1, 4, 6);
+    }
+    if constexpr (N > 2) {
+      _tile_loadd(7, v.rows + 64, v.stride);
+      _tile_dpbf16ps(2, 4, 7);
+    }
+    if constexpr (N > 3) {
+      _tile_loadd(5, v.rows + 96, v.stride);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+  }
+  const int64_t stride = x.p.v_dim * 2;
+  _tile_stored(0, out + d / 2, stride);
+  if constexpr (N > 1) _tile_stored(1, out + d / 2 + 16, stride);
+  if constexpr (N > 2) _tile_stored(2, out + d / 2 + 32, stride);
+  if constexpr (N > 3) _tile_stored(3, out + d / 2 + 48, stride);
+}
+
+void weigh_values(const OneQuery& x, int64_t head, Scratch& s) {
+  spread_weights(x, head, s);
+  s.sums.resize(kTile * x.p.v_dim / 2);
+  int64_t d = 0;
+  for (; d + 128 <= x.p.v_dim; d += 128) weigh_values<4>(x, head, d, s, s.sums.data());
+  for (; d + 64 <= x.p.v_dim; d += 64) weigh_values<2>(x, head, d, s, s.sums.data());
+  for (; d < x.p.v_dim; d += 32) weigh_values<1>(x, head, d, s, s.sums.data());
+}
+
+// Query head j of a KV head: its columns in order, to the output or to the partial results.
+void finish_head(const OneQuery& x, const Item& item, int64_t q_head, int64_t j, const float* max, const float* sum,
+                 Scratch& s, Partials& partials) {
+  const int64_t half = x.p.v_dim / 2, column = q_head - x.begin * x.p.group();
+  const float *even = s.sums.data() + j * half, *odd = even + kHalfTile * half;
+  float row[kMaxDim];
+  for (int64_t d = 0; d < half; ++d) {
+    row[2 * d] = even[d];
+    row[2 * d + 1] = odd[d];
+  }
+  if (item.partial < 0) return write_row<bf16>(x.p, x.token, q_head, row, sum[column]);
+  const int64_t at = item.partial * x.p.num_heads + q_head;
+  partials.max[at] = max[column];
+  partials.sum[at] = sum[column];
+  std::copy_n(row, x.p.v_dim, partials.out.data() + at * x.p.v_pad());
+}
+
+void run_one_query(const Problem& p, const Item& item, Scratch& s, Partials& partials) {
+  const int32_t* slots = p.req_to_token + p.req_pool_indices[item.req] * p.req_stride + item.kv_begin;
+  const int64_t num_keys = item.kv_end - item.kv_begin, group = p.group();
+  const int64_t first = std::max<int64_t>(0, p.first_key(p.position(item.req, 0)) - item.kv_begin);
+  alignas(64) float max[kTile], sum[kTile];
+  for (int64_t begin = item.head_begin; begin < item.head_end;) {
+    const int64_t end = std::min(item.head_end, begin + kTile / group);
+    OneQuery x{p, slots, num_keys, p.q_starts[item.req], begin, end};
+    pack_query_tiles(x, s);
+    score_keys(x, s);
+    soften_scores(x, first, s, reinterpret_cast<vf&>(max), reinterpret_cast<vf&>(sum));
+    for (int64_t head = begin; head < end; ++head) {
+      weigh_values(x, head, s);
+      for (int64_t j = 0; j < group; ++j) finish_head(x, item, head * group + j, j, max, sum, s, partials);
+    }
+    begin = end;
+  }
+}
+#endif
+
 template <class T>
 void run_item(const Problem& p, const Item& item, Scratch& s, Partials& partials, const TileScope& tiles) {
+#if defined(LENVM_AMX)
+  if constexpr (kPairs<T>)
+    if (fits_one_query(p, item, tiles)) return run_one_query(p, item, s, partials);
+#endif
   const int32_t* slots = p.req_to_token + p.req_pool_indices[item.req] * p.req_stride;
   begin_rows<T>(p, item, s);
   for (int64_t begin = item.kv_begin; begin < item.kv_end; begin += kBlock) {

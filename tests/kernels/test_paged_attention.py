@@ -115,6 +115,35 @@ def test_batch_sizes(backend, dtype, num_reqs):
     check(backend, make_batch(kv_lens, [1 + 5 * i % n for i, n in enumerate(kv_lens)], 3, 1, 64, dtype))
 
 
+@pytest.mark.parametrize("dim", [32, 64, 128, 256])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [*HEADS, (28, 4), (18, 2)])
+def test_decode_with_slots_in_order(backend, dtype, num_heads, num_kv_heads, dim):
+    q, k, v, req_to_token, rows, kv_lens, q_starts = make_batch(
+        [1, 17, 300, 900], [1] * 4, num_heads, num_kv_heads, dim, dtype
+    )
+    for start, row, length in zip((900, 40, 600, 0), rows, kv_lens, strict=True):
+        req_to_token[row, :length] = torch.arange(start, start + length)  # the cache of one prefill
+    req_to_token[rows[3], 500:503] = torch.tensor([1200, 3, 1210])
+    check(backend, (q, k, v, req_to_token, rows, kv_lens, q_starts))
+
+
+@pytest.fixture
+def kernel_without_matrix_tiles(compiler, monkeypatch):
+    monkeypatch.setenv("CXX", f"{compiler[0]} -mno-amx-bf16")
+    for cached in (cpp_library.load, paged_attention_cpp.load):
+        cached.cache_clear()
+    yield
+    for cached in (cpp_library.load, paged_attention_cpp.load):
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("kernel_without_matrix_tiles")
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), HEADS)
+def test_without_matrix_tiles(num_heads, num_kv_heads):
+    check("cpp", make_batch(MIXED_LENS, [1] * len(MIXED_LENS), num_heads, num_kv_heads, 64, torch.bfloat16))
+    check("cpp", make_batch([65, 333], [65, 20], num_heads, num_kv_heads, 64, torch.bfloat16))
+
+
 @pytest.mark.parametrize("num_queries", [1, 5, 100, 700])
 def test_long_context(backend, dtype, num_queries):
     check(backend, make_batch([4096, 3], [num_queries, 1], 3, 1, 64, dtype))
