@@ -73,7 +73,8 @@ def find_compiler() -> tuple[str, ...]:
 def build_key(compiler: tuple[str, ...], source: Path) -> str:
     """Hash of all that decides what the built library contains."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = (source.read_text(), *compiler, version, *CFLAGS, torch.__version__, cpu_flags())
+    headers = [path.read_text() for path in sorted(source.parent.glob("*.h"))]
+    parts = (source.read_text(), *headers, *compiler, version, *CFLAGS, torch.__version__, cpu_flags())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

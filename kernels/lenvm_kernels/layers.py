@@ -86,6 +86,22 @@ def rotate(positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, cos_sin: t
     )
 
 
+def store_rows(rows: torch.Tensor, buffer: torch.Tensor, slots: torch.Tensor) -> None:
+    """``buffer[slots[i]] = rows[i]``: rows [n, ...] to buffer [num_slots, ...], of one dtype, dense but for the first
+    dimension; slots: [n] int64, dense, in range.
+    """
+    itemsize = rows.dtype.itemsize
+    _library().lenvm_store_rows(
+        rows.data_ptr(),
+        buffer.data_ptr(),
+        slots.data_ptr(),
+        slots.shape[0],
+        rows.shape[1:].numel() * itemsize,
+        rows.stride(0) * itemsize,
+        buffer.stride(0) * itemsize,
+    )
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = cpp_library.load(SOURCE)
@@ -93,6 +109,7 @@ def _library() -> ctypes.CDLL:
     library.lenvm_rms_norm.argtypes = (*[pointer] * 4, *[size] * 4, real, flag, flag)
     library.lenvm_silu_and_mul.argtypes = (*[pointer] * 2, *[size] * 3, flag, flag)
     library.lenvm_rotate.argtypes = (*[pointer] * 4, *[size] * 7, flag, flag)
-    for function in (library.lenvm_rms_norm, library.lenvm_silu_and_mul, library.lenvm_rotate):
-        function.restype = None
+    library.lenvm_store_rows.argtypes = (*[pointer] * 3, *[size] * 4)
+    for name in ("rms_norm", "silu_and_mul", "rotate", "store_rows"):
+        getattr(library, f"lenvm_{name}").restype = None
     return library

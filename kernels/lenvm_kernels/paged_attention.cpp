@@ -24,13 +24,10 @@
 #include <type_traits>
 #include <vector>
 
+#include "matrix_tiles.h"
+
 #if defined(__AVX512F__)
 #include <immintrin.h>
-#endif
-#if defined(__AVX512BF16__) && defined(__AMX_BF16__) && defined(__linux__)
-#define LENVM_AMX 1
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace {
@@ -359,30 +356,6 @@ void multiply_rows(const Product& p, int64_t row = 0) {
 }
 
 #if defined(LENVM_AMX)
-// The kernel grants tile registers to a process on request.
-bool tiles_granted() {
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;
-  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  return granted;
-}
-
-// All tiles 16 rows of 64 bytes, while in scope.
-struct TileScope {
-  const bool active = tiles_granted();
-  TileScope() {
-    if (!active) return;
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    _tile_loadconfig(&config);
-  }
-  ~TileScope() {
-    if (active) _tile_release();
-  }
-};
-
 // 16 rows and 16 or 64 columns of C in tiles 0 to 3
 template <int N>
 inline void multiply_matrix_tile(const Product& p, const uint32_t* a, const uint32_t* b, float* c) {
@@ -438,11 +411,6 @@ void multiply_matrix(const Product& p) {
     for (; n < p.n; n += 16) multiply_matrix_tile<1>(p, a, p.b + n, c + n);
   }
 }
-#else
-struct TileScope {
-  static constexpr bool active = false;
-  ~TileScope() {}
-};
 #endif
 
 template <class T>

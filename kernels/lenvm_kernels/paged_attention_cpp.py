@@ -30,17 +30,12 @@ class Problem(ctypes.Structure):
 
 def supports(q: torch.Tensor, *keys_and_values: torch.Tensor) -> bool:
     """Whether the kernel takes these tensors: CPU, bf16 or fp32, dense rows, an even head size."""
-    return (
-        q.device.type == "cpu"
-        and q.dtype in DTYPES
-        and q.shape[2] % 2 == 0
-        and all(dense_rows(tensor) for tensor in (q, *keys_and_values))
-    )
+    return q.device.type == "cpu" and q.dtype in DTYPES and q.shape[2] % 2 == 0 and dense_rows(q, *keys_and_values)
 
 
-def dense_rows(tensor: torch.Tensor) -> bool:
-    """Whether tensor[i] is contiguous for a [n, heads, dim] tensor."""
-    return tensor.stride(2) == 1 and tensor.stride(1) == tensor.shape[2]
+def dense_rows(*tensors: torch.Tensor) -> bool:
+    """Whether tensor[i] is contiguous for [n, heads, dim] tensors."""
+    return all(tensor.stride(2) == 1 and tensor.stride(1) == tensor.shape[2] for tensor in tensors)
 
 
 def paged_attention(

@@ -18,7 +18,7 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
 
-from lenvm_kernels import cpp_library, paged_attention_cpp
+from lenvm_kernels import cpp_library, layers, paged_attention_cpp
 from lenvm_kernels.paged_attention import paged_attention
 from lenvm_runtime import compat
 
@@ -107,7 +107,7 @@ class CpuAttentionBackend(AttentionBackend):
         metadata = self._metadata
         assert metadata is not None
         if save_kv_cache and k is not None and v is not None:
-            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+            self._store(layer, forward_batch.out_cache_loc, k, v)
         window = layer.sliding_window_size
         out = paged_attention(
             q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim),
@@ -123,6 +123,16 @@ class CpuAttentionBackend(AttentionBackend):
             logit_cap=layer.logit_cap,
         )
         return out.flatten(1)
+
+    def _store(self, layer: Any, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Cache new keys and values: [num_tokens, kv_heads, dim] at slots [num_tokens]."""
+        pool = self.token_to_kv_pool
+        buffers = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+        if not (layers.supports(k, v, *buffers) and paged_attention_cpp.dense_rows(k, v)):
+            pool.set_kv_buffer(layer, KVWriteLoc(slots, None), k, v)
+            return
+        for rows, buffer in zip((k, v), buffers, strict=True):
+            layers.store_rows(rows, buffer, slots)
 
 
 def _build_kernel(model_runner: Any) -> None:

@@ -34,7 +34,7 @@ def _rms_norm(
     layer: Any, x: torch.Tensor, residual: torch.Tensor | None = None, post_residual_addition: Any = None
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     summands = (x,) if residual is None else (x, residual)
-    if post_residual_addition is not None or not _is_plain_norm(layer, x) or not layers.supports(*summands):
+    if post_residual_addition is not None or not is_plain_norm(layer, x) or not layers.supports(*summands):
         native: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
         native = layer.forward_native(x, residual, post_residual_addition)
         return native
@@ -46,7 +46,7 @@ def _rms_norm(
     return normed.view(x.shape), residual
 
 
-def _is_plain_norm(layer: Any, x: torch.Tensor) -> bool:
+def is_plain_norm(layer: Any, x: torch.Tensor) -> bool:
     """Whether the norm is over all of the row, with roundings as in the kernel."""
     return (
         layer.variance_size_override is None

@@ -15,6 +15,7 @@ from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from torch import Tensor, nn
 
 from lenvm_runtime import compat
+from lenvm_runtime.cpu.decoder_layer import fuse_decoder_layers
 
 NUM_ROWS = 32
 """The batch size that the packed layout is made for; it serves any other."""
@@ -24,6 +25,8 @@ def register() -> None:
     """Pack the weights of every model that is loaded from now on."""
 
     def pack(_result: Any, runner: Any, *_: Any, **__: Any) -> None:
+        if not runner.server_args.enable_lora:  # SGLang's adapters wrap the linear layers
+            fuse_decoder_layers(runner.model)
         pack_linear_layers(runner.model)
 
     compat.after(compat.LOAD_MODEL, pack)
@@ -79,4 +82,5 @@ def _is_plain_linear(layer: Any) -> bool:
         isinstance(layer, LinearBase)
         and type(layer.quant_method) is UnquantizedLinearMethod
         and layer.weight.dtype == torch.bfloat16
+        and layer.weight.numel() > 0  # else part of a fused decoder layer
     )

@@ -86,6 +86,17 @@ def test_rotate(rows, head_dim, rotary_dim, dtype):
         torch.testing.assert_close((q, k), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_store_rows(dtype):
+    buffer, rows = torch.zeros(9, 3, 64, dtype=dtype), strided(4, 3 * 64, dtype).view(4, 3, 64)
+    slots = torch.tensor([7, 0, 3, 8])
+    layers.store_rows(rows, buffer, slots)
+    expected = torch.zeros_like(buffer)
+    expected[slots] = rows
+    assert torch.equal(buffer, expected)
+    layers.store_rows(rows[:0], buffer, slots[:0])
+    assert torch.equal(buffer, expected)
+
+
 def test_rows_do_not_depend_on_each_other(dtype):
     x, residual, weight = (strided(40, 576, dtype, seed) for seed in range(3))
     together = layers.rms_norm(x, weight[0].contiguous(), 1e-5, residual.clone())

@@ -1,0 +1,97 @@
+"""Decoder layers of SGLang's Llama and Qwen2 models in two kernel calls around their attention.
+
+The layers keep their modules, their signature and their results; the operators between their parts go, which cost more
+than the arithmetic of a decode step (``docs/experiments.md`` has the times).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.activation import SiluAndMul
+from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+from sglang.srt.layers.rotary_embedding.rope_variant import Llama3RotaryEmbedding
+from sglang.srt.models.llama import LlamaDecoderLayer
+from sglang.srt.models.qwen2 import Qwen2DecoderLayer
+from torch import Tensor, nn
+
+from lenvm_kernels import decoder_layer
+from lenvm_runtime.cpu.layers import is_plain_norm
+
+CLASSES = (LlamaDecoderLayer, Qwen2DecoderLayer)
+ROTARY_CLASSES = (RotaryEmbedding, Llama3RotaryEmbedding)
+
+
+def fuse_decoder_layers(model: Any) -> None:
+    """Let every decoder layer that the kernel can stand for run it; the unpacked weights of those are released."""
+    if not decoder_layer.available():
+        return
+    for layer in filter(can_fuse, model.modules()):
+        layer.forward = FusedDecoderLayer(layer).forward
+
+
+def can_fuse(layer: Any) -> bool:
+    """Whether a decoder layer is of a known class, in bf16, on one device, with nothing added to its parts."""
+    if type(layer) not in CLASSES:
+        return False
+    rotary = layer.self_attn.rotary_emb
+    return (
+        all(_is_plain(linear) for linear in _linears(layer))
+        and all(linear.bias is None for linear in _linears(layer)[1:])
+        and all(is_plain_norm(norm, norm.weight) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
+        and layer.input_layernorm.weight.dtype == torch.bfloat16
+        and type(layer.mlp.act_fn) is SiluAndMul
+        and type(rotary) in ROTARY_CLASSES
+        and rotary.is_neox_style
+        and rotary.cos_sin_cache.dtype == torch.bfloat16
+    )
+
+
+def _linears(layer: Any) -> tuple[Any, Any, Any, Any]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
+
+
+def _is_plain(linear: Any) -> bool:
+    return (
+        isinstance(linear, LinearBase)
+        and type(linear.quant_method) is UnquantizedLinearMethod
+        and linear.tp_size == 1
+        and decoder_layer.fits(linear.weight)
+    )
+
+
+class FusedDecoderLayer:
+    """The forward of one decoder layer, from its modules' weights."""
+
+    def __init__(self, layer: Any) -> None:
+        qkv, output, gate_up, down = _linears(layer)
+        attention = layer.self_attn
+        self._rotary, self._attention = attention.rotary_emb, attention.attn
+        self._sizes = [attention.q_size, attention.kv_size, attention.kv_size]
+        self._heads = decoder_layer.Heads(attention.num_heads, attention.num_kv_heads, attention.head_dim)
+        self._norm, self._mlp_norm = (
+            decoder_layer.Norm(norm.weight, norm.variance_epsilon)
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+        )
+        self._qkv = decoder_layer.Projection(decoder_layer.pack(qkv.weight), qkv.bias)
+        self._output = decoder_layer.Projection(decoder_layer.pack(output.weight))
+        self._gate_up = decoder_layer.Projection(decoder_layer.pack_gated(gate_up.weight))
+        self._down = decoder_layer.Projection(decoder_layer.pack(down.weight))
+        for linear in _linears(layer):
+            linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
+
+    def forward(
+        self, positions: Tensor, hidden_states: Tensor, forward_batch: Any, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """[tokens, hidden_size] and the residual stream (None before the first layer) -> both, one layer on."""
+        cos_sin = self._rotary.cos_sin_cache
+        hidden_states = hidden_states.contiguous()
+        qkv = decoder_layer.project_qkv(hidden_states, residual, self._norm, self._qkv, self._heads, positions, cos_sin)
+        residual = hidden_states if residual is None else residual
+        attended = self._attention(*qkv.split(self._sizes, dim=-1), forward_batch)
+        out = decoder_layer.project_and_mlp(attended, residual, self._output, self._mlp_norm, self._gate_up, self._down)
+        return out, residual
