@@ -19,7 +19,7 @@ from sglang.srt.layers.sampler import register_sampler_backend
 from sglang.srt.managers.utils import _async_d2h
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
-from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context, get_attn_backend
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_context
 from torch import Tensor, nn
@@ -280,6 +280,11 @@ def build_attention_backend(runner: Any) -> Any:
     from sglang.srt.model_executor.model_runner_components.attention_backend_setup import get_attention_backend
 
     return get_attention_backend(model_runner=runner)
+
+
+def attention_backend() -> Any:
+    """The attention backend of the forward that is running."""
+    return get_attn_backend()
 
 
 def attention(backend: Any) -> AbstractContextManager[None]:

@@ -1,8 +1,8 @@
-// A decoder layer on CPUs with matrix tiles (AMX), bf16, in two calls around its attention:
+// A decoder layer on CPUs with matrix tiles (AMX), bf16: in one call, or in two around its attention:
 //   RMS norm, query-key-value projection, rotary embedding;
 //   output projection, RMS norm, gated MLP.
-// One parallel region a call: between the parts the threads meet at a barrier, where separate operators would return to
-// Python. At the few rows of a decode step that is what costs most after reading the weights.
+// Each half is one parallel region: between its parts the threads meet at a barrier, where separate operators would
+// return to Python. At the few rows of a decode step that is what costs most after reading the weights.
 //
 // A weight [out, in] lies packed as tiles in the order in which they are read: per 32 outputs and 32 inputs two tiles
 // [16 pairs of inputs][16 outputs]. Sums are fp32, in the order of the inputs: a row's result does not depend on the
@@ -14,6 +14,7 @@
 
 #include "layer_rows.h"
 #include "matrix_tiles.h"
+#include "paged_attention.h"
 
 #if defined(LENVM_AMX)
 namespace {
@@ -164,6 +165,13 @@ struct Rotation {
   int64_t rotary_dim, head_dim, num_heads, num_kv_heads;
 };
 
+struct Layer {  // mirror of `_Layer` in decoder_layer.py
+  Norm norm, mlp_norm;
+  Projection qkv, output, gate_up, down;
+};
+
+typedef void (*AttentionKernel)(const Problem* problem, int32_t is_bf16, int32_t num_threads);
+
 int32_t lenvm_decoder_layer_runs_here() {
 #if defined(LENVM_AMX)
   return tiles_granted();
@@ -221,6 +229,34 @@ void lenvm_project_and_mlp(const bf16* attention, bf16* residual, bf16* x, int64
     gated_linear({normed, num_rows, dim}, gu, gated, d.num_inputs);
     linear({gated, num_rows, d.num_inputs}, d, x, dim);
   }
+}
+
+// The whole layer: x[rows, dim] to out[rows, dim]. `problem` lacks q and out; the new keys and values go to its slots.
+// Without a residual, x becomes it.
+void lenvm_decoder_layer(bf16* x, bf16* residual, bf16* out, int64_t num_rows, const Layer* layer,
+                         const Rotation* rotation, const Problem* problem, const int64_t* slots, AttentionKernel attend,
+                         int32_t num_threads) {
+  static thread_local Scratch scratch;
+  const int64_t width = layer->qkv.num_outputs, q_width = problem->num_heads * problem->qk_dim;
+  const int64_t kv_width = problem->num_kv_heads * problem->qk_dim;
+  bf16* qkv = Scratch::reserve(scratch.input, num_rows, width);
+  bf16* attended = Scratch::reserve(scratch.gated, num_rows, q_width);
+  lenvm_project_qkv(x, residual, qkv, num_rows, &layer->norm, &layer->qkv, rotation, num_threads);
+  bf16* keys = static_cast<bf16*>(const_cast<void*>(problem->k));
+  bf16* values = static_cast<bf16*>(const_cast<void*>(problem->v));
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const bf16* row = qkv + r * width + q_width;
+    std::copy_n(row, kv_width, keys + slots[r] * problem->k_stride);
+    std::copy_n(row + kv_width, kv_width, values + slots[r] * problem->v_stride);
+  }
+  Problem own = *problem;
+  own.q = qkv;
+  own.q_stride = width;
+  own.out = attended;
+  own.out_stride = q_width;
+  attend(&own, true, num_threads);
+  lenvm_project_and_mlp(attended, residual ? residual : x, out, num_rows, &layer->output,
+                        &layer->mlp_norm, &layer->gate_up, &layer->down, num_threads);
 }
 #endif
 }

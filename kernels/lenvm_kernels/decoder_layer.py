@@ -1,4 +1,4 @@
-"""A decoder layer on CPUs with matrix tiles (AMX), bf16, in two calls around its attention.
+"""A decoder layer on CPUs with matrix tiles (AMX), bf16, in one call, or in two around its attention.
 
 Stands for six operators of the serving engine's own layer and gives what they give: sums in fp32, rounded to bf16 where
 the separate operators round. A row's result does not depend on the other rows or on the thread count, to the last bit.
@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lenvm_kernels import cpp_library
+from lenvm_kernels import cpp_library, paged_attention_cpp
+from lenvm_kernels.paged_attention_cpp import Problem
 
 SOURCE = Path(__file__).with_name("decoder_layer.cpp")
 TILE = 16
@@ -60,6 +61,13 @@ class _Norm(ctypes.Structure):
     _fields_ = (("weight", ctypes.c_void_p), ("eps", ctypes.c_float))
 
 
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _Norm) for name in ("norm", "mlp_norm")),
+        *((name, _Projection) for name in ("qkv", "output", "gate_up", "down")),
+    )
+
+
 class _Rotation(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("positions", "cos_sin")),
@@ -67,91 +75,116 @@ class _Rotation(ctypes.Structure):
     )
 
 
-class Projection:
-    """A packed weight and its bias ([outputs] bf16, or None)."""
-
-    def __init__(self, packed: Tensor, bias: Tensor | None = None) -> None:
-        self._tensors = packed, bias  # kept alive: the structure holds addresses
-        self.num_outputs, self.num_inputs = packed.shape[0] * BLOCK, packed.shape[1] * BLOCK
-        bias_address = None if bias is None else bias.data_ptr()
-        self.structure = _Projection(packed.data_ptr(), bias_address, self.num_inputs, self.num_outputs)
-
-
-class Norm:
-    """RMS norm: weight [dim] bf16, ``eps`` added to the mean square."""
-
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        self._weight = weight
-        self.structure = _Norm(weight.data_ptr(), eps)
-
-
 @dataclass(frozen=True)
-class Heads:
-    """Shape of the attention: query heads, key (and value) heads, elements of a head."""
+class Weights:
+    """The parameters of a layer: bf16, contiguous; the projections are [outputs, inputs], and `fits` them."""
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-
-def project_qkv(
-    x: Tensor,
-    residual: Tensor | None,
-    norm: Norm,
-    projection: Projection,
-    heads: Heads,
-    positions: Tensor,
-    cos_sin: Tensor,
-) -> Tensor:
-    """``rotate(norm(s) W^T + b)`` with ``s = x + residual``: [rows, dim] -> new [rows, query, key and value heads].
-
-    x, residual: [rows, dim] bf16, contiguous; ``residual`` becomes s, in place. positions: [rows] int64.
-    cos_sin: [max_positions, rotary_dim] bf16, contiguous. The rotary embedding is that of
-    `lenvm_kernels.layers.rotate`, on queries and keys.
-    """
-    rows = _check(x, projection.num_inputs)
-    _check(x if residual is None else residual, projection.num_inputs)
-    out = torch.empty(rows, projection.num_outputs, dtype=torch.bfloat16)
-    positions = positions.contiguous()
-    rotation = _Rotation(
-        positions.data_ptr(), cos_sin.data_ptr(), cos_sin.shape[1], heads.head_dim, heads.num_heads, heads.num_kv_heads
-    )
-    _library().lenvm_project_qkv(
-        x.data_ptr(),
-        None if residual is None else residual.data_ptr(),
-        out.data_ptr(),
-        rows,
-        norm.structure,
-        projection.structure,
-        rotation,
-        torch.get_num_threads(),
-    )
-    return out
+    norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    output: Tensor
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
 
 
-def project_and_mlp(
-    attention: Tensor, residual: Tensor, output: Projection, norm: Norm, gate_up: Projection, down: Projection
-) -> Tensor:
-    """``(silu(g) * u) D^T`` with ``[g, u] = norm(s) G^T`` and ``s = residual + attention O^T``: -> new [rows, dim].
+class DecoderLayer:
+    """One layer with its weights packed. ``eps`` is added to the mean square in both norms."""
 
-    attention: [rows, heads] bf16, contiguous. residual: [rows, dim] bf16, contiguous; becomes s, in place.
-    ``gate_up`` is packed by `pack_gated`.
-    """
-    rows = _check(attention, output.num_inputs)
-    _check(residual, output.num_outputs)
-    out = torch.empty(rows, output.num_outputs, dtype=torch.bfloat16)
-    _library().lenvm_project_and_mlp(
-        attention.data_ptr(),
-        residual.data_ptr(),
-        out.data_ptr(),
-        rows,
-        output.structure,
-        norm.structure,
-        gate_up.structure,
-        down.structure,
-        torch.get_num_threads(),
-    )
-    return out
+    def __init__(self, weights: Weights, num_heads: int, num_kv_heads: int, head_dim: int, eps: float) -> None:
+        packed = pack(weights.qkv), pack(weights.output), pack_gated(weights.gate_up), pack(weights.down)
+        self._kept = weights.norm, weights.mlp_norm, weights.qkv_bias, packed  # the structure holds addresses
+        self._shape = head_dim, num_heads, num_kv_heads
+        self._dim, self._width, self._attended = weights.qkv.shape[1], weights.qkv.shape[0], weights.output.shape[1]
+        qkv, output, gate_up, down = (_projection(tensor) for tensor in packed)
+        qkv.bias = None if weights.qkv_bias is None else weights.qkv_bias.data_ptr()
+        norms = (_Norm(norm.data_ptr(), eps) for norm in (weights.norm, weights.mlp_norm))
+        self._layer = _Layer(*norms, qkv, output, gate_up, down)
+
+    def run(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        positions: Tensor,
+        cos_sin: Tensor,
+        problem: Problem,
+        slots: Tensor,
+    ) -> Tensor:
+        """The whole layer: [rows, dim] -> new [rows, dim].
+
+        As `project_qkv`, paged attention, `project_and_mlp`; without ``residual``, x becomes it, in place. ``problem``
+        is that of the attention, q and out left open; the keys and values of the rows are written to its buffers first,
+        at ``slots`` [rows] int64.
+        """
+        _check(x if residual is None else residual, self._dim)
+        if slots.dtype != torch.int64 or slots.shape != x.shape[:1] or not slots.is_contiguous():
+            raise ValueError(f"expected a contiguous int64 slot a row, got {slots.dtype} {tuple(slots.shape)}")
+        out = torch.empty_like(x)
+        _library().lenvm_decoder_layer(
+            x.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            out.data_ptr(),
+            _check(x, self._dim),
+            self._layer,
+            self._rotation(positions, cos_sin),
+            problem,
+            slots.data_ptr(),
+            _attention_kernel(),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def project_qkv(self, x: Tensor, residual: Tensor | None, positions: Tensor, cos_sin: Tensor) -> Tensor:
+        """``rotate(norm(s) W^T + b)`` with ``s = x + residual``: [rows, dim] -> new [rows, query, key, value heads].
+
+        x, residual: [rows, dim] bf16, contiguous; ``residual`` becomes s, in place. positions: [rows] int64.
+        cos_sin: [max_positions, rotary_dim] bf16, contiguous. The rotary embedding is that of
+        `lenvm_kernels.layers.rotate`, on queries and keys.
+        """
+        _check(x if residual is None else residual, self._dim)
+        out = torch.empty(_check(x, self._dim), self._width, dtype=torch.bfloat16)
+        _library().lenvm_project_qkv(
+            x.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            out.data_ptr(),
+            x.shape[0],
+            self._layer.norm,
+            self._layer.qkv,
+            self._rotation(positions, cos_sin),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def project_and_mlp(self, attention: Tensor, residual: Tensor) -> Tensor:
+        """``(silu(g) * u) D^T`` with ``[g, u] = norm(s) G^T`` and ``s = residual + attention O^T``: -> new [rows, dim].
+
+        attention: [rows, heads] bf16, contiguous. residual: [rows, dim] bf16, contiguous; becomes s, in place.
+        """
+        rows = _check(attention, self._attended)
+        _check(residual, self._dim)
+        out = torch.empty(rows, self._dim, dtype=torch.bfloat16)
+        layer = self._layer
+        _library().lenvm_project_and_mlp(
+            attention.data_ptr(),
+            residual.data_ptr(),
+            out.data_ptr(),
+            rows,
+            layer.output,
+            layer.mlp_norm,
+            layer.gate_up,
+            layer.down,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def _rotation(self, positions: Tensor, cos_sin: Tensor) -> _Rotation:
+        if positions.dtype != torch.int64 or not positions.is_contiguous():
+            raise ValueError(f"expected contiguous int64 positions, got {positions.dtype}")
+        return _Rotation(positions.data_ptr(), cos_sin.data_ptr(), cos_sin.shape[1], *self._shape)
+
+
+def _projection(packed: Tensor) -> _Projection:
+    return _Projection(packed.data_ptr(), None, packed.shape[1] * BLOCK, packed.shape[0] * BLOCK)
 
 
 def _check(rows: Tensor, width: int) -> int:
@@ -162,13 +195,22 @@ def _check(rows: Tensor, width: int) -> int:
 
 
 @functools.cache
+def _attention_kernel() -> ctypes.c_void_p:
+    return ctypes.cast(paged_attention_cpp.load().lenvm_paged_attention, ctypes.c_void_p)
+
+
+@functools.cache
 def _library() -> ctypes.CDLL:
     library = cpp_library.load(SOURCE)
     library.lenvm_decoder_layer_runs_here.restype = ctypes.c_int32
     if library.lenvm_decoder_layer_runs_here():
-        pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-        norm, projection, rotation = (ctypes.POINTER(s) for s in (_Norm, _Projection, _Rotation))
-        library.lenvm_project_qkv.argtypes = (*[pointer] * 3, size, norm, projection, rotation, flag)
-        library.lenvm_project_and_mlp.argtypes = (*[pointer] * 3, size, projection, norm, *[projection] * 2, flag)
-        library.lenvm_project_qkv.restype = library.lenvm_project_and_mlp.restype = None
+        address, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+        structures = (_Norm, _Projection, _Rotation, _Layer, Problem)
+        norm, projection, rotation, layer, problem = (ctypes.POINTER(structure) for structure in structures)
+        rows = (address, address, address, size)
+        library.lenvm_project_qkv.argtypes = (*rows, norm, projection, rotation, flag)
+        library.lenvm_project_and_mlp.argtypes = (*rows, projection, norm, *[projection] * 2, flag)
+        library.lenvm_decoder_layer.argtypes = (*rows, layer, rotation, problem, address, address, flag)
+        for name in ("project_qkv", "project_and_mlp", "decoder_layer"):
+            getattr(library, f"lenvm_{name}").restype = None
     return library

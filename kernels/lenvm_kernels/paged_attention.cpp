@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "matrix_tiles.h"
+#include "paged_attention.h"
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -43,7 +44,6 @@ constexpr int kBlock = 64;           // tokens of K and V handled at once
 constexpr int kStep = 32;            // a last block is rounded up to this many tokens
 constexpr int64_t kSplit = 512;      // keys of one split
 constexpr int64_t kTargetRows = 192; // query rows (queries x heads of a group) of one item
-constexpr int64_t kPad = 16;         // rows of Q, K and V are padded to this many 32-bit elements
 constexpr int64_t kStripRows = 16;   // of these, the scores of so many are computed at once
 constexpr int64_t kMatrixRows = 8;   // from this many rows on, AMX is used
 constexpr float kMasked = -1e30f;
@@ -161,29 +161,6 @@ inline float reduce_sum(vf v) {
   return s;
 #endif
 }
-
-struct Problem {
-  const void *q, *k, *v, *k_new, *v_new;  // k_new, v_new: null unless the rows are candidates
-  void* out;
-  const int32_t* req_to_token;
-  const int64_t *req_pool_indices, *kv_lens, *q_starts;
-  int64_t num_reqs, num_heads, num_kv_heads, qk_dim, v_dim;
-  int64_t req_stride, q_stride, out_stride, k_stride, v_stride, k_new_stride, v_new_stride;  // in elements
-  int64_t window;  // keys before the query's own; negative: no limit
-  float scale, logit_cap;
-  int32_t causal;
-
-  int64_t group() const { return num_heads / num_kv_heads; }
-  int64_t v_pad() const { return round_up(v_dim, kPad); }
-  // whether query `i` of a request brings a key of its own
-  bool has_new_key(int64_t i) const { return k_new && i > 0; }
-  // position of query `i` of request `r` among its keys
-  int64_t position(int64_t r, int64_t i) const {
-    return k_new ? kv_lens[r] - !has_new_key(i) : kv_lens[r] - (q_starts[r + 1] - q_starts[r]) + i;
-  }
-  int64_t first_key(int64_t position) const { return window < 0 ? 0 : std::max<int64_t>(0, position - window); }
-  int64_t last_key(int64_t r, int64_t position) const { return causal ? position + 1 : kv_lens[r]; }
-};
 
 struct Item {
   int64_t req, q_begin, q_end;    // queries, relative to the request's first new token

@@ -28,6 +28,18 @@ class Problem(ctypes.Structure):
     )
 
 
+def make_problem(
+    num_heads: int, k_buffer: torch.Tensor, v_buffer: torch.Tensor, req_to_token: torch.Tensor, *, scale: float
+) -> Problem:
+    """A causal problem over the buffers, its batch, queries and output left open."""
+    problem = Problem(k=k_buffer.data_ptr(), v=v_buffer.data_ptr(), req_to_token=req_to_token.data_ptr())
+    problem.num_heads, problem.num_kv_heads = num_heads, k_buffer.shape[1]
+    problem.qk_dim, problem.v_dim = k_buffer.shape[2], v_buffer.shape[2]
+    problem.req_stride, problem.k_stride, problem.v_stride = (t.stride(0) for t in (req_to_token, k_buffer, v_buffer))
+    problem.window, problem.scale, problem.causal = -1, scale, 1
+    return problem
+
+
 def supports(q: torch.Tensor, *keys_and_values: torch.Tensor) -> bool:
     """Whether the kernel takes these tensors: CPU, bf16 or fp32, dense rows, an even head size."""
     return q.device.type == "cpu" and q.dtype in DTYPES and q.shape[2] % 2 == 0 and dense_rows(q, *keys_and_values)

@@ -20,6 +20,7 @@ from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES, add_attention_back
 
 from lenvm_kernels import cpp_library, layers, paged_attention_cpp
 from lenvm_kernels.paged_attention import paged_attention
+from lenvm_kernels.paged_attention_cpp import Problem
 from lenvm_runtime import compat
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class CpuAttentionBackend(AttentionBackend):
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self._row_indices = torch.arange(self.req_to_token_pool.req_to_token.shape[0] + 1)
         self._metadata: BatchMetadata | None = None
+        self._problems: dict[int, Problem] = {}
         _build_kernel(model_runner)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
@@ -82,7 +84,30 @@ class CpuAttentionBackend(AttentionBackend):
             q_starts = torch.nn.functional.pad(forward_batch.extend_seq_lens.long().cumsum(0), (1, 0))
         else:
             raise UnsupportedModelError(f"attention backend {NAME} does not do {mode.name}; no speculative decoding")
-        self._metadata = BatchMetadata(forward_batch.req_pool_indices.long(), forward_batch.seq_lens.long(), q_starts)
+        indices, kv_lens = forward_batch.req_pool_indices.long(), forward_batch.seq_lens.long()
+        self._metadata = BatchMetadata(indices.contiguous(), kv_lens.contiguous(), q_starts)
+
+    def step_problem(self, layer: Any) -> Problem:
+        """The kernel's problem of this step for a bf16 decoder attention layer, its queries and output left open."""
+        metadata = self._metadata
+        assert metadata is not None
+        pool = self.token_to_kv_pool
+        k_buffer, v_buffer = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+        problem = self._problems.get(layer.layer_id)
+        if problem is None:
+            req_to_token = self.req_to_token_pool.req_to_token
+            problem = paged_attention_cpp.make_problem(
+                layer.tp_q_head_num, k_buffer, v_buffer, req_to_token, scale=layer.scaling
+            )
+            check_layer(layer)
+            window = layer.sliding_window_size
+            problem.window, problem.logit_cap = window if window > 0 else -1, layer.logit_cap
+            self._problems[layer.layer_id] = problem
+        problem.k, problem.v = k_buffer.data_ptr(), v_buffer.data_ptr()
+        problem.num_reqs = len(metadata.kv_lens)
+        problem.req_pool_indices = metadata.req_pool_indices.data_ptr()
+        problem.kv_lens, problem.q_starts = metadata.kv_lens.data_ptr(), metadata.q_starts.data_ptr()
+        return problem
 
     def forward_extend(
         self, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True

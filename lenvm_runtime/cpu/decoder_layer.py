@@ -1,4 +1,4 @@
-"""Decoder layers of SGLang's Llama and Qwen2 models in two kernel calls around their attention.
+"""Decoder layers of SGLang's Llama and Qwen2 models in one kernel call each, or two around another attention backend.
 
 The layers keep their modules, their signature and their results; the operators between their parts go, which cost more
 than the arithmetic of a decode step (``docs/experiments.md`` has the times).
@@ -12,6 +12,7 @@ import torch
 from sglang.srt.layers.activation import SiluAndMul
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.layers.rotary_embedding.rope_variant import Llama3RotaryEmbedding
 from sglang.srt.models.llama import LlamaDecoderLayer
@@ -19,6 +20,8 @@ from sglang.srt.models.qwen2 import Qwen2DecoderLayer
 from torch import Tensor, nn
 
 from lenvm_kernels import decoder_layer
+from lenvm_runtime import compat
+from lenvm_runtime.cpu.attention_backend import CpuAttentionBackend
 from lenvm_runtime.cpu.layers import is_plain_norm
 
 CLASSES = (LlamaDecoderLayer, Qwen2DecoderLayer)
@@ -43,6 +46,8 @@ def can_fuse(layer: Any) -> bool:
         and all(linear.bias is None for linear in _linears(layer)[1:])
         and all(is_plain_norm(norm, norm.weight) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
         and layer.input_layernorm.weight.dtype == torch.bfloat16
+        and layer.input_layernorm.variance_epsilon == layer.post_attention_layernorm.variance_epsilon
+        and layer.self_attn.attn.attn_type == AttentionType.DECODER
         and type(layer.mlp.act_fn) is SiluAndMul
         and type(rotary) in ROTARY_CLASSES
         and rotary.is_neox_style
@@ -69,18 +74,18 @@ class FusedDecoderLayer:
 
     def __init__(self, layer: Any) -> None:
         qkv, output, gate_up, down = _linears(layer)
-        attention = layer.self_attn
+        attention, norm, mlp_norm = layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm
         self._rotary, self._attention = attention.rotary_emb, attention.attn
         self._sizes = [attention.q_size, attention.kv_size, attention.kv_size]
-        self._heads = decoder_layer.Heads(attention.num_heads, attention.num_kv_heads, attention.head_dim)
-        self._norm, self._mlp_norm = (
-            decoder_layer.Norm(norm.weight, norm.variance_epsilon)
-            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+        self._layer = decoder_layer.DecoderLayer(
+            decoder_layer.Weights(
+                norm.weight, qkv.weight, qkv.bias, output.weight, mlp_norm.weight, gate_up.weight, down.weight
+            ),
+            attention.num_heads,
+            attention.num_kv_heads,
+            attention.head_dim,
+            norm.variance_epsilon,
         )
-        self._qkv = decoder_layer.Projection(decoder_layer.pack(qkv.weight), qkv.bias)
-        self._output = decoder_layer.Projection(decoder_layer.pack(output.weight))
-        self._gate_up = decoder_layer.Projection(decoder_layer.pack_gated(gate_up.weight))
-        self._down = decoder_layer.Projection(decoder_layer.pack(down.weight))
         for linear in _linears(layer):
             linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
 
@@ -88,10 +93,12 @@ class FusedDecoderLayer:
         self, positions: Tensor, hidden_states: Tensor, forward_batch: Any, residual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """[tokens, hidden_size] and the residual stream (None before the first layer) -> both, one layer on."""
-        cos_sin = self._rotary.cos_sin_cache
-        hidden_states = hidden_states.contiguous()
-        qkv = decoder_layer.project_qkv(hidden_states, residual, self._norm, self._qkv, self._heads, positions, cos_sin)
+        layer, cos_sin, backend = self._layer, self._rotary.cos_sin_cache, compat.attention_backend()
+        if isinstance(backend, CpuAttentionBackend):
+            problem = backend.step_problem(self._attention)
+            out = layer.run(hidden_states, residual, positions, cos_sin, problem, forward_batch.out_cache_loc)
+            return out, hidden_states if residual is None else residual
+        qkv = layer.project_qkv(hidden_states, residual, positions, cos_sin)
         residual = hidden_states if residual is None else residual
         attended = self._attention(*qkv.split(self._sizes, dim=-1), forward_batch)
-        out = decoder_layer.project_and_mlp(attended, residual, self._output, self._mlp_norm, self._gate_up, self._down)
-        return out, residual
+        return layer.project_and_mlp(attended, residual), residual

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lenvm_kernels import cpp_library, decoder_layer, layers
+from lenvm_kernels import cpp_library, decoder_layer, layers, paged_attention_cpp
 
 ROWS = (1, 5, 16, 17, 32, 33, 100, 600)
 DIM, HEADS, KV_HEADS, HEAD_DIM, INNER = 96, 4, 2, 32, 160
@@ -36,21 +36,19 @@ class Layer:
         self.output = normal(DIM, HEADS * HEAD_DIM, seed=3, scale=0.1)
         self.gate_up, self.down = normal(2 * INNER, DIM, seed=4, scale=0.2), normal(DIM, INNER, seed=5, scale=0.1)
         self.norm_weight, self.cos_sin = normal(DIM, seed=6), normal(50, rotary_dim, seed=7)
-        self.heads = decoder_layer.Heads(HEADS, KV_HEADS, HEAD_DIM)
-        self.norm = decoder_layer.Norm(self.norm_weight, EPS)
-        self.packed = [
-            decoder_layer.Projection(decoder_layer.pack(self.qkv), self.bias),
-            decoder_layer.Projection(decoder_layer.pack(self.output)),
-            decoder_layer.Projection(decoder_layer.pack_gated(self.gate_up)),
-            decoder_layer.Projection(decoder_layer.pack(self.down)),
-        ]
+        self.pack()
+
+    def pack(self):
+        weights = decoder_layer.Weights(
+            self.norm_weight, self.qkv, self.bias, self.output, self.norm_weight, self.gate_up, self.down
+        )
+        self.packed = decoder_layer.DecoderLayer(weights, HEADS, KV_HEADS, HEAD_DIM, EPS)
 
     def project(self, x, residual, positions):
-        return decoder_layer.project_qkv(x, residual, self.norm, self.packed[0], self.heads, positions, self.cos_sin)
+        return self.packed.project_qkv(x, residual, positions, self.cos_sin)
 
     def finish(self, attention, residual):
-        _, output, gate_up, down = self.packed
-        return decoder_layer.project_and_mlp(attention, residual, output, self.norm, gate_up, down)
+        return self.packed.project_and_mlp(attention, residual)
 
     def native_norm(self, x, residual):
         total = x.float() if residual is None else x.float() + residual.float()
@@ -104,8 +102,8 @@ def test_project_and_mlp(rows):
 @pytest.mark.parametrize("size", [0.05, 3.0, 60.0])
 def test_gates_of_any_size(size):
     layer = Layer()
-    layer.packed[2] = decoder_layer.Projection(decoder_layer.pack_gated(layer.gate_up * size))
     layer.gate_up = layer.gate_up * size
+    layer.pack()
     attention, residual = normal(40, HEADS * HEAD_DIM, seed=10), inputs(40)[1]
     expected, _ = layer.native_finish(attention, residual)
     out = layer.finish(attention, residual)
@@ -137,6 +135,48 @@ def test_not_a_number_stays_in_its_row():
     for rows in (qkv, out):
         assert rows[3].isnan().all()
         assert rows[[0, 1, 2, 4, 19]].isfinite().all()
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("num_queries", [[1, 1, 1], [1, 70, 3]], ids=str)
+def test_the_whole_layer_is_its_parts(with_residual, num_queries):
+    layer, kv_lens, rows = Layer(with_bias=True), [5, 70, 300], sum(num_queries)
+    x, residual, positions = inputs(rows)
+    residual = residual if with_residual else None
+    k_buffer, v_buffer = normal(400, KV_HEADS, HEAD_DIM, seed=11), normal(400, KV_HEADS, HEAD_DIM, seed=12)
+    req_to_token = torch.randperm(400, generator=torch.Generator().manual_seed(0))[:375].int()
+    req_to_token = torch.stack(
+        [torch.nn.functional.pad(own, (0, 300 - len(own))) for own in req_to_token.split(kv_lens)]
+    )
+    indices, lens, starts = torch.arange(3), torch.tensor(kv_lens), torch.tensor([0, *num_queries]).cumsum(0)
+    slots = torch.cat([own[n - m : n] for own, n, m in zip(req_to_token, kv_lens, num_queries, strict=True)]).long()
+
+    own_x, own_residual, own_k, own_v = (None if t is None else t.clone() for t in (x, residual, k_buffer, v_buffer))
+    problem = paged_attention_cpp.make_problem(HEADS, own_k, own_v, req_to_token, scale=0.2)
+    problem.num_reqs, problem.req_pool_indices = 3, indices.data_ptr()
+    problem.kv_lens, problem.q_starts = lens.data_ptr(), starts.data_ptr()
+    out = layer.packed.run(own_x, own_residual, positions, layer.cos_sin, problem, slots)
+
+    qkv = layer.project(x, residual, positions)
+    residual = x if residual is None else residual
+    q, k, v = (part.reshape(rows, -1, HEAD_DIM) for part in qkv.split([128, 64, 64], dim=-1))
+    k_buffer[slots], v_buffer[slots] = k, v
+    attended = paged_attention_cpp.paged_attention(
+        q, k_buffer, v_buffer, req_to_token, indices, lens, starts, scale=0.2
+    )
+    expected = layer.finish(attended.flatten(1), residual)
+    assert torch.equal(own_k, k_buffer)
+    assert torch.equal(own_v, v_buffer)
+    assert torch.equal(out, expected)
+    assert torch.equal(own_x if own_residual is None else own_residual, residual)
+
+
+def test_slots_that_the_kernel_would_misread_are_refused():
+    layer = Layer()
+    x, _, positions = inputs(3)
+    for slots in (torch.arange(2), torch.arange(3).int(), torch.arange(6)[::2]):
+        with pytest.raises(ValueError, match="int64 slot a row"):
+            layer.packed.run(x, None, positions, layer.cos_sin, paged_attention_cpp.Problem(), slots)
 
 
 def test_no_rows():

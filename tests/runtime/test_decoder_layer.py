@@ -14,10 +14,12 @@ torchvision_schema.declare_if_missing()
 from sglang.srt.layers.activation import SiluAndMul  # noqa: E402
 from sglang.srt.layers.linear import LinearBase  # noqa: E402
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod  # noqa: E402
+from sglang.srt.layers.radix_attention import AttentionType  # noqa: E402
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding  # noqa: E402
 from sglang.srt.models.llama import LlamaDecoderLayer  # noqa: E402
 from sglang.srt.models.qwen2 import Qwen2DecoderLayer  # noqa: E402
 
+from lenvm_runtime import compat  # noqa: E402
 from lenvm_runtime.cpu.decoder_layer import can_fuse, fuse_decoder_layers  # noqa: E402
 from lenvm_runtime.cpu.linear import pack_linear_layers  # noqa: E402
 
@@ -54,9 +56,19 @@ def norm():
     )
 
 
-def attend(q, k, v, forward_batch):
+class Attend(nn.Module):
     """Stands for the attention: reads all that it gets."""
-    return (q.view(-1, KV_HEADS, 2, HEAD_DIM) + (k * v).view(-1, KV_HEADS, 1, HEAD_DIM) + forward_batch).flatten(1)
+
+    attn_type = AttentionType.DECODER
+
+    def forward(self, q, k, v, forward_batch):
+        own = (k * v).view(-1, KV_HEADS, 1, HEAD_DIM)
+        return (q.view(-1, KV_HEADS, 2, HEAD_DIM) + own + forward_batch).flatten(1)
+
+
+@pytest.fixture(autouse=True)
+def another_backend(monkeypatch):
+    monkeypatch.setattr(compat, "attention_backend", object)
 
 
 def make_layer(layer_class=LlamaDecoderLayer, with_bias=False):
@@ -67,7 +79,7 @@ def make_layer(layer_class=LlamaDecoderLayer, with_bias=False):
         qkv_proj=linear(width, DIM, torch.randn(width).bfloat16() if with_bias else None),
         o_proj=linear(DIM, HEADS * HEAD_DIM),
         rotary_emb=bare(RotaryEmbedding, is_neox_style=True, cos_sin_cache=torch.randn(50, HEAD_DIM).bfloat16()),
-        attn=attend,
+        attn=Attend(),
         num_heads=HEADS,
         num_kv_heads=KV_HEADS,
         head_dim=HEAD_DIM,
@@ -90,7 +102,7 @@ def native_forward(layer, positions, x, forward_batch, residual):
     qkv = functional.linear(x, attention.qkv_proj.weight, attention.qkv_proj.bias)
     q, k, v = qkv.split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
     layers.rotate(positions, q, k, rotary.cos_sin_cache, HEAD_DIM)
-    x = functional.linear(attend(q, k, v, forward_batch), attention.o_proj.weight)
+    x = functional.linear(attention.attn(q, k, v, forward_batch), attention.o_proj.weight)
     x = layers.rms_norm(x, layer.post_attention_layernorm.weight, 1e-5, residual)
     gated = layers.silu_and_mul(functional.linear(x, mlp.gate_up_proj.weight))
     return functional.linear(gated, mlp.down_proj.weight), residual
@@ -138,6 +150,8 @@ CHANGES = {
     "pairs of neighbours": lambda layer: setattr(layer.self_attn.rotary_emb, "is_neox_style", False),
     "another rotary embedding": lambda layer: setattr(layer.self_attn, "rotary_emb", bare(nn.Module)),
     "fp32 angles": lambda layer: setattr(layer.self_attn.rotary_emb, "cos_sin_cache", torch.zeros(50, HEAD_DIM)),
+    "encoder attention": lambda layer: setattr(layer.self_attn.attn, "attn_type", AttentionType.ENCODER_ONLY),
+    "two epsilons": lambda layer: setattr(layer.post_attention_layernorm, "variance_epsilon", 1e-6),
     "norm with an option": lambda layer: setattr(layer.post_attention_layernorm, "fp32_residual", True),
 }
 
