@@ -22,6 +22,7 @@ namespace {
 constexpr int64_t kTile = 16, kTileWords = kTile * kTile, kColumns = 2 * kTile;
 constexpr int64_t kRowsAtOnce = 2 * kTile;
 constexpr int64_t kRowsOfTask = 512;  // their inputs stay in the second-level cache
+constexpr int64_t kRowsOfScratch = 4 * kRowsOfTask;  // a prefill's intermediate rows take no more memory than these
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -213,21 +214,28 @@ void lenvm_project_and_mlp(const bf16* attention, bf16* residual, bf16* x, int64
   static thread_local Scratch scratch;
   const Linear o = as_linear(*output), gu = as_linear(*gate_up), d = as_linear(*down);
   const int64_t dim = o.num_outputs;
-  bf16* input = Scratch::reserve(scratch.input, num_rows, o.num_inputs);
-  bf16* normed = Scratch::reserve(scratch.normed, num_rows, dim);
-  bf16* gated = Scratch::reserve(scratch.gated, num_rows, d.num_inputs);
+  while (num_rows > 0) {
+    const int64_t rows = std::min(num_rows, kRowsOfScratch);
+    bf16* input = Scratch::reserve(scratch.input, rows, o.num_inputs);
+    bf16* normed = Scratch::reserve(scratch.normed, rows, dim);
+    bf16* gated = Scratch::reserve(scratch.gated, rows, d.num_inputs);
 #pragma omp parallel num_threads(num_threads)
-  {
-    const TileScope tiles;
+    {
+      const TileScope tiles;
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < num_rows; ++r)
-      std::copy_n(attention + r * o.num_inputs, o.num_inputs, input + r * o.num_inputs);
-    linear({input, num_rows, o.num_inputs}, o, x, dim);
+      for (int64_t r = 0; r < rows; ++r)
+        std::copy_n(attention + r * o.num_inputs, o.num_inputs, input + r * o.num_inputs);
+      linear({input, rows, o.num_inputs}, o, x, dim);
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < num_rows; ++r)
-      rms_norm_row(x + r * dim, residual + r * dim, norm->weight, normed + r * dim, dim, norm->eps);
-    gated_linear({normed, num_rows, dim}, gu, gated, d.num_inputs);
-    linear({gated, num_rows, d.num_inputs}, d, x, dim);
+      for (int64_t r = 0; r < rows; ++r)
+        rms_norm_row(x + r * dim, residual + r * dim, norm->weight, normed + r * dim, dim, norm->eps);
+      gated_linear({normed, rows, dim}, gu, gated, d.num_inputs);
+      linear({gated, rows, d.num_inputs}, d, x, dim);
+    }
+    attention += rows * o.num_inputs;
+    residual += rows * dim;
+    x += rows * dim;
+    num_rows -= rows;
   }
 }
 

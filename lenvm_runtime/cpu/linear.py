@@ -6,6 +6,7 @@ torch's bf16 matrix product on a CPU packs the weight anew at every call; here t
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def register() -> None:
         if not runner.server_args.enable_lora:  # SGLang's adapters wrap the linear layers
             fuse_decoder_layers(runner.model)
         pack_linear_layers(runner.model)
+        ctypes.CDLL(None).malloc_trim(0)  # what loading and packing freed, back to the system
 
     compat.after(compat.LOAD_MODEL, pack)
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from lenvm_kernels import cpp_library, decoder_layer, layers, paged_attention_cpp
 
-ROWS = (1, 5, 16, 17, 32, 33, 100, 600)
+ROWS = (1, 5, 16, 17, 32, 33, 100, 600, 2049)
 DIM, HEADS, KV_HEADS, HEAD_DIM, INNER = 96, 4, 2, 32, 160
 EPS = 1e-5
 
