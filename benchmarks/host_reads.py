@@ -15,6 +15,8 @@ from lenvm_kernels import torchvision_schema
 
 torchvision_schema.declare_if_missing()
 
+from sglang.srt.model_executor.forward_batch_info import ForwardMode  # noqa: E402
+
 from lenvm_runtime.control_batch import ControlBatch  # noqa: E402
 from lenvm_runtime.length_control import LengthControl  # noqa: E402
 from lenvm_runtime.value_model.packing import StepRows  # noqa: E402
@@ -80,10 +82,13 @@ def count_host_reads(num_reqs: int = 16, vocab: int = 1000) -> Counter[str]:
     """Host reads in this project's code for one decode step of a batch of every mode, by operator."""
     controls = [CONTROLS[row % len(CONTROLS)] for row in range(num_reqs)]
     top_ks = [5 if row % 2 else 1 << 30 for row in range(num_reqs)]
-    guide = ValueGuide(_StubRunner(num_reqs), [2], 1000)  # type: ignore[arg-type]
+    guide = ValueGuide(_StubRunner(num_reqs), [2], torch.arange(vocab) % 7 == 0, 1000)  # type: ignore[arg-type]
     control = ControlBatch.build(controls, [4] * num_reqs, top_ks, "cpu")
     batch = SimpleNamespace(
-        input_ids=torch.arange(num_reqs), seq_lens=torch.full((num_reqs,), 9), req_pool_indices=torch.arange(num_reqs)
+        forward_mode=ForwardMode.DECODE,
+        input_ids=torch.arange(num_reqs),
+        seq_lens=torch.full((num_reqs,), 9),
+        req_pool_indices=torch.arange(num_reqs),
     )
     ones = torch.ones(num_reqs)
     sampling = _SamplingFilters(ones.unsqueeze(1), torch.tensor(top_ks), ones, 0.01 * ones)

@@ -259,6 +259,15 @@ def load_vocabulary(model: str) -> dict[str, int]:
     return vocabulary
 
 
+def token_texts(model: str) -> list[str]:
+    """The text of every token of a model's tokenizer, by id."""
+    from sglang.srt.utils.hf_transformers_utils import get_tokenizer
+
+    tokenizer = get_tokenizer(model)
+    texts: list[str] = tokenizer.batch_decode([[token_id] for token_id in range(len(tokenizer))])
+    return texts
+
+
 def register_model_class(model_class: type[nn.Module]) -> None:
     """Let SGLang's loader find a model class by its name."""
     from sglang.srt.models.registry import ModelRegistry

@@ -116,10 +116,13 @@ class ControlBatch:
         joined |= {name: getattr(self, name) + getattr(other, name) for name in ("mean", "max_candidates")}
         return ControlBatch(guided=guided, rows=_guided_rows(guided, self.rows.device), **joined)
 
-    def guided_rows(self, generated: Tensor, scaled_targets: Tensor) -> GuidedRows:
+    def guided_rows(
+        self, generated: Tensor, scaled_targets: Tensor, last_token_ids: Tensor, closing_tokens: Tensor
+    ) -> GuidedRows:
         """The controls of the guided rows alone, for one step.
 
-        ``generated`` [B]: tokens of each answer so far; ``scaled_targets`` [B]: the targets set at the prompt boundary.
+        ``generated`` [B]: tokens of each answer so far; ``scaled_targets`` [B]: the targets set at the prompt boundary;
+        ``closing_tokens`` [vocab] bool: tokens that close a sentence.
         """
         rows = self.rows
         mode, factor = self.mode[rows], self.factor[rows]
@@ -132,6 +135,8 @@ class ControlBatch:
             beta=self.beta[rows],
             entropy_threshold=self.entropy_threshold[rows],
             generated=generated[rows],
+            after_closing=closing_tokens[last_token_ids[rows]],
+            closing_tokens=closing_tokens,
             has_mean=any(self.mean),
         )
 

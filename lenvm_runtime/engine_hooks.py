@@ -16,12 +16,13 @@ from torch import Tensor
 
 from lenvm_kernels.checkpoint import load_head
 from lenvm_runtime import compat, control_batch
+from lenvm_runtime.closing import closing_tokens
 from lenvm_runtime.control_batch import ControlBatch
 from lenvm_runtime.head_runner import HeadRunner
 from lenvm_runtime.input_values import QueryBatch, write_input_values
 from lenvm_runtime.length_control import LengthControl, ValueQuery
 from lenvm_runtime.response import CANDIDATES_KEY, PREDICTION_KEY, VALUE_KEY
-from lenvm_runtime.steering import DeviceRows, just_prefilled, released
+from lenvm_runtime.steering import DeviceRows, just_prefilled, last_token_ids, released
 
 _FEATURES_KEY = "lenvm_features"
 _RUNNER = "lenvm_head_runner"
@@ -35,12 +36,15 @@ class HeadStep:
     control: ControlBatch
     features: Tensor
     slots: Tensor
+    last_token_ids: Tensor
 
     def steer(self, logits_output: Any, sampling: Any, positions: Tensor) -> Any:
         """See `lenvm_runtime.steering.Step`."""
         generated = positions + 1 - self.control.prompt_len
         logits = logits_output.next_token_logits
-        steered = self.runner.steer(logits, self.features, self.control, self.slots, generated, sampling)
+        steered = self.runner.steer(
+            logits, self.features, self.control, self.slots, generated, self.last_token_ids, sampling
+        )
         return released(sampling, steered)
 
 
@@ -76,6 +80,7 @@ def _attach_head(runner: Any, folder: Path) -> None:
         [layers[index] for index in head.config.feature_layers],
         compat.input_embeddings(runner.model),
         compat.gather_vocabulary,
+        closing_tokens(compat.token_texts(runner.server_args.tokenizer_path), head.config.vocab_size),
     )
     setattr(runner.model.logits_processor, _RUNNER, head_runner)
     setattr(runner, _RUNNER, head_runner)
@@ -129,7 +134,7 @@ def _prepare_sampling(runner: Any, logits_output: Any, forward_batch: Any) -> No
         return
     head_runner: HeadRunner = getattr(runner, _RUNNER)
     features, slots = info[_FEATURES_KEY][:num_rows], forward_batch.req_pool_indices
-    sampling_info.lenvm_step = HeadStep(head_runner, control, features, slots)
+    sampling_info.lenvm_step = HeadStep(head_runner, control, features, slots, last_token_ids(forward_batch))
     if forward_batch.forward_mode.is_extend():
         generated = forward_batch.seq_lens - control.prompt_len
         prefilled = just_prefilled(forward_batch, control)

@@ -11,6 +11,7 @@ from lenvm_kernels.candidates import Candidates
 from lenvm_kernels.length_control import (
     DEFAULT_KERNEL,
     Mode,
+    Strategy,
     mean_target,
     needs_scoring,
     solve_mean_tilt,
@@ -20,8 +21,9 @@ from lenvm_kernels.length_control import (
 
 @dataclass(frozen=True)
 class GuidedRows:
-    """The controls of a step's G guided rows: every tensor [G], on the device.
+    """The controls of a step's G guided rows: every tensor [G], on the device, but ``closing_tokens`` [vocab] bool.
 
+    ``after_closing``: whether the last token closed a sentence.
     ``has_mean`` (host): whether a row asks for a mean value, whose beta has to be solved for.
     """
 
@@ -32,7 +34,14 @@ class GuidedRows:
     beta: Tensor
     entropy_threshold: Tensor
     generated: Tensor
+    after_closing: Tensor
+    closing_tokens: Tensor
     has_mean: bool
+
+    @property
+    def may_end_anywhere(self) -> Tensor:
+        """Rows that EOS is a candidate of whatever its chance: those of the natural strategy. bool [G]"""
+        return (self.strategy == Strategy.NATURAL) & (self.mode < Mode.TILT)
 
     def needs_scoring(self, candidates: Candidates) -> Tensor:
         """Rows whose candidates have to be scored: bool [G]. The others are sampled as if they had no control."""
@@ -53,6 +62,8 @@ class GuidedRows:
             self.strategy,
             self.target,
             self._solve_beta(candidates, values, gamma) if self.has_mean else self.beta,
+            self.closing_tokens[candidates.ids],
+            self.after_closing,
             gamma,
             DEFAULT_KERNEL,
         )

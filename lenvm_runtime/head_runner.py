@@ -28,6 +28,7 @@ class HeadRunner:
         layers: Sequence[nn.Module],
         embeddings: Tensor,
         gather_vocabulary: Callable[[Tensor], Tensor],
+        closing_tokens: Tensor,
     ) -> None:
         device = embeddings.device
         self.config = head.config
@@ -36,6 +37,7 @@ class HeadRunner:
         with torch.inference_mode():
             self.token_table = gather_vocabulary(self.candidate_head.build_token_table(embeddings))  # [vocab, rank]
         self.eos_token_ids = torch.tensor(head.config.eos_token_ids, dtype=torch.int64, device=device)
+        self.closing_tokens = closing_tokens.to(device)  # [vocab] bool
         self.scaled_targets = ScaledTargets(device)
         self._layer_states: dict[int, Tensor] = {}
         for index, layer in enumerate(layers):
@@ -82,14 +84,22 @@ class HeadRunner:
         self.scaled_targets.update(control, slots, generated, expected, prefilled)
 
     def steer(
-        self, logits: Tensor, features: Tensor, control: ControlBatch, slots: Tensor, generated: Tensor, sampling: Any
+        self,
+        logits: Tensor,
+        features: Tensor,
+        control: ControlBatch,
+        slots: Tensor,
+        generated: Tensor,
+        last_token_ids: Tensor,
+        sampling: Any,
     ) -> Tensor:
         """Rewrite guided rows of ``logits`` [rows, vocab] in place; the bits of other rows stay.
 
-        ``generated`` [rows]: tokens of the answer so far. ``sampling``: SGLang's SamplingBatchInfo.
+        ``generated`` [rows]: tokens of the answer so far; ``last_token_ids`` [rows]; ``sampling``: SGLang's
+        SamplingBatchInfo.
         Returns bool [rows]: the rows rewritten, which are the guided ones whose candidates needed scoring.
         """
-        guided = control.guided_rows(generated, self.scaled_targets.read(slots))
+        guided = control.guided_rows(generated, self.scaled_targets.read(slots), last_token_ids, self.closing_tokens)
 
         def reweigh(candidates: Candidates) -> Tensor:
             token_rows = self.token_table[candidates.ids]

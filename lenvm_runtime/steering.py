@@ -73,6 +73,14 @@ def just_prefilled(forward_batch: Any, control: ControlBatch) -> Tensor:
     return prefilled
 
 
+def last_token_ids(forward_batch: Any) -> Tensor:
+    """The token that each row's state ends with: [rows] int64."""
+    ids: Tensor = forward_batch.input_ids
+    if forward_batch.forward_mode.is_extend():
+        ids = ids[forward_batch.extend_seq_lens.cumsum(0) - 1]
+    return ids
+
+
 def steer_rows(
     logits: Tensor,
     control: ControlBatch,
@@ -96,6 +104,7 @@ def steer_rows(
         sampling.min_ps[rows],
         eos_token_ids,
         MAX_CANDIDATES,
+        guided.may_end_anywhere,
     )
     steered = reweigh(candidates)
 

@@ -32,17 +32,18 @@ def select_candidates(
     min_ps: torch.Tensor,
     eos_token_ids: torch.Tensor,
     max_candidates: int,
+    exempt_eos: torch.Tensor,
 ) -> Candidates:
-    """The K = max_candidates likeliest tokens that pass the request's filters, and every EOS id.
+    """The K = max_candidates likeliest tokens that pass the request's filters, and, in exempt rows, every EOS id.
 
     logits [B, V] float; temperatures [B] or [B, 1]; top_ks [B] int; top_ps, min_ps [B] float;
-    eos_token_ids [E] int64, distinct, each < V; 1 <= max_candidates <= V.
+    eos_token_ids [E] int64, distinct, each < V; 1 <= max_candidates <= V; exempt_eos [B] bool.
 
     The filters are those of SGLang's pytorch backend, on p = softmax(logits / T) sorted: rank < top_k,
     (sum of the likelier ones) <= top_p, p >= min_p * max p. They need no more than the first K ranks.
-    EOS ids are exempt from K and from the filters: they keep their true chance p(EOS) beside the others'
-    p before the whole set is renormalised, so that an answer can end where the model gives it a chance
-    at all. Tokens with logit -inf (a grammar's mask) are never candidates.
+    In exempt rows EOS ids pass K and the filters whatever their chance: they keep their true p(EOS) beside the
+    others' p before the whole set is renormalised, so that an answer can end where the model gives it a chance
+    at all. In other rows EOS is a candidate like any token. Tokens with logit -inf (a grammar's mask) never are.
 
     Greedy rows (top_k <= 1, as SGLang marks them) get the K likeliest tokens at temperature 1, without
     top-p and min-p, which greedy decoding ignores: take the argmax after steering.
@@ -53,12 +54,15 @@ def select_candidates(
     top_logprobs, top_ids = logprobs.topk(max_candidates, dim=-1)  # [B, K]
 
     keep = greedy | _passes_filters(top_logprobs.exp(), top_ks, top_ps, min_ps)
-    keep &= (top_ids.unsqueeze(-1) != eos_token_ids).all(-1)
+    is_eos = top_ids.unsqueeze(-1) == eos_token_ids  # [B, K, E]
+    eos_passes = exempt_eos.unsqueeze(-1) | (is_eos & keep.unsqueeze(-1)).any(1)  # [B, E]
+    keep &= ~is_eos.any(-1)
     top_logprobs = top_logprobs.masked_fill(~keep, -torch.inf)
 
     eos_ids = eos_token_ids.expand(logits.shape[0], -1)  # [B, E]
     ids = torch.cat([top_ids, eos_ids], dim=-1)
-    weights = torch.cat([top_logprobs, logprobs.gather(1, eos_ids)], dim=-1)
+    eos_logprobs = logprobs.gather(1, eos_ids).masked_fill(~eos_passes, -torch.inf)
+    weights = torch.cat([top_logprobs, eos_logprobs], dim=-1)
     eos_mask = torch.arange(ids.shape[1], device=ids.device) >= max_candidates
     return Candidates(ids, torch.log_softmax(weights, dim=-1), eos_mask.expand_as(ids))
 

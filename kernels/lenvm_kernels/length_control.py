@@ -12,9 +12,12 @@ natural   p'(x) ~ p(x) * psi(x) ** strength,  psi(x) = sum_m P(m | x) * K(t + 1 
           final length is worth. With strength 1 this is the Doob h-transform of the model's own sampling:
           were P exact, answers would follow p(answer) * K(length), the least-KL way to that preference,
           so EOS gets chance only where the model itself ends. A head that knows less than P asks for more
-          strength: its psi differs too little between candidates, and less patience at the target, where psi(EOS)
-          stands out: EQUAL forbids an EOS that would cut a sentence, p < min_eos * exp(-haste * max(d, 0)) with
-          d at t + 1; AT_MOST so forbids an empty answer, t = 0. AT_LEAST forbids EOS while t + 1 < target.
+          strength: its psi differs too little between candidates. psi(EOS) then stands out and would cut
+          sentences. Hence EQUAL and AT_MOST end on purpose from an onset on only (the target, or at_most_lead
+          before it), after a token that closes a sentence if one comes: with e = max((t + 1) / target - onset, 0),
+          0 for t = 0, an EOS with p < min_eos * exp(-eos_haste * e) is forbidden, where e is less by patience
+          unless the last token closed a sentence. If it did, EOS gains closing_haste * e nats, else the closing
+          candidates gain closing_haste * min(e, patience). AT_LEAST forbids EOS while t + 1 < target.
           The last candidate is never forbidden.
 hard      one-hot at  EQUAL: argmin |length(v(x)) - max(target - t - 1, 0)|;  AT_LEAST: argmin v(x) while
           t + 1 < target;  AT_MOST: argmax v(x).  (Length Value Model, arXiv 2604.27039; first wins ties)
@@ -63,8 +66,10 @@ class PreferenceKernel:
     """Slopes of K, in nats per relative deviation from the target (>= 0): 20 is 1 nat for 5% off.
 
     Strengths (> 0): of EQUAL, and of the bounds AT_LEAST and AT_MOST. ``min_eos``: the least chance, from 0 to below
-    1, that the model itself must give EOS for EQUAL to end there, and AT_MOST to end at once; ``eos_haste``: by how
-    many nats it falls per relative deviation beyond the target, so that answers end where no sentence does.
+    1, that the model itself must give EOS for EQUAL and AT_MOST to end there; ``eos_haste``: by how many nats it falls
+    per relative deviation beyond the onset, ``patience`` (a relative deviation) later in the middle of a sentence;
+    ``closing_haste``: by how many nats the tokens that close a sentence gain, and EOS after them; ``at_most_lead``:
+    how far before its target, as a share of it, AT_MOST has its onset.
     """
 
     equal_short: float = 24.0
@@ -75,6 +80,9 @@ class PreferenceKernel:
     bound_strength: float = 3.0
     min_eos: float = 0.005
     eos_haste: float = 120.0
+    closing_haste: float = 120.0
+    patience: float = 0.1
+    at_most_lead: float = 0.2
 
 
 DEFAULT_KERNEL = PreferenceKernel()
@@ -91,6 +99,8 @@ def steer_candidates(
     strategy: torch.Tensor,
     target: torch.Tensor,
     beta: torch.Tensor,
+    closing_mask: torch.Tensor,
+    after_closing: torch.Tensor,
     gamma: float,
     kernel: PreferenceKernel = DEFAULT_KERNEL,
 ) -> torch.Tensor:
@@ -99,8 +109,9 @@ def steer_candidates(
     candidate_logprobs [B, C] float32, -inf for a column that is no candidate; candidate_values [B, C] and
     bin_logprobs [B, C, M] float32 (read at candidates other than EOS); eos_mask [B, C] bool; bin_lengths
     [M] float32; num_generated, mode, strategy [B] int32; target [B] float32, > 0 where the mode has one;
-    beta [B] float32, of TILT and of the MEAN modes; gamma in (0, 1) of the model. All on one device:
-    Triton on CUDA, torch elsewhere.
+    beta [B] float32, of TILT and of the MEAN modes; closing_mask [B, C] bool, candidates that close a sentence;
+    after_closing [B] bool, whether the last token did; gamma in (0, 1) of the model. All on one device: Triton on
+    CUDA, torch elsewhere.
 
     Rows do not influence each other, nothing is synchronised with the host. Where no candidate can reach
     a preferred length (every psi is 0), the row keeps p. The result is never NaN for inputs that are not.
@@ -120,6 +131,8 @@ def steer_candidates(
         strategy,
         target,
         beta,
+        closing_mask,
+        after_closing,
         gamma,
         kernel,
     )

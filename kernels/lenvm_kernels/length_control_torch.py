@@ -22,19 +22,28 @@ def steer_candidates(
     strategy: torch.Tensor,
     target: torch.Tensor,
     beta: torch.Tensor,
+    closing_mask: torch.Tensor,
+    after_closing: torch.Tensor,
     gamma: float,
     kernel: PreferenceKernel = DEFAULT_KERNEL,
 ) -> torch.Tensor:
     """See ``length_control.steer_candidates``."""
-    mode, strategy, target, beta = (row.unsqueeze(-1) for row in (mode, strategy, target, beta))  # [B, 1]
+    mode, strategy, target, beta, after_closing = (
+        row.unsqueeze(-1) for row in (mode, strategy, target, beta, after_closing)
+    )  # [B, 1]
     end_length = (num_generated + 1).float().unsqueeze(-1)  # [B, 1]: the length if x is the last token
     unmet = (mode == Mode.AT_LEAST) & (end_length < target)
 
-    empty = (mode == Mode.AT_MOST) & (end_length == 1)
-    floored = ((mode == Mode.EQUAL) | empty) & (strategy == Strategy.NATURAL)
-    excess = ((end_length - target) / target).clamp(min=0.0)
-    cutting = floored & (candidate_logprobs.exp() < kernel.min_eos * (-kernel.eos_haste * excess).exp())
+    equal, at_most = mode == Mode.EQUAL, mode == Mode.AT_MOST
+    ends_naturally = (equal | at_most) & (strategy == Strategy.NATURAL)
+    onset = torch.where(at_most, 1.0 - kernel.at_most_lead, 1.0)
+    late = torch.where(end_length > 1, (end_length / target - onset).clamp(min=0.0), 0.0)
+    eos_late = torch.where(after_closing, late, (late - kernel.patience).clamp(min=0.0))
+    cutting = ends_naturally & (candidate_logprobs.exp() < kernel.min_eos * (-kernel.eos_haste * eos_late).exp())
     logprobs = _forbid_eos(candidate_logprobs, eos_mask, unmet | cutting)  # [B, C]
+    hurried = ends_naturally & torch.where(after_closing, eos_mask, closing_mask)
+    hurry = torch.where(after_closing, late, late.clamp(max=kernel.patience))
+    logprobs = logprobs + torch.where(hurried, kernel.closing_haste * hurry, 0.0)
     log_psi = _log_psi(bin_logprobs, eos_mask, bin_lengths, end_length, mode, target, kernel)
     values = candidate_values.masked_fill(eos_mask, 0.0)  # [B, C]
 

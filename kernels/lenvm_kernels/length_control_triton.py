@@ -37,6 +37,8 @@ def steer_candidates(
     strategy: torch.Tensor,
     target: torch.Tensor,
     beta: torch.Tensor,
+    closing_mask: torch.Tensor,
+    after_closing: torch.Tensor,
     gamma: float,
     kernel: PreferenceKernel = DEFAULT_KERNEL,
 ) -> torch.Tensor:
@@ -56,6 +58,8 @@ def steer_candidates(
         strategy.contiguous(),
         target.contiguous(),
         beta.contiguous(),
+        closing_mask.contiguous(),
+        after_closing.contiguous(),
         steered,
         num_candidates,
         num_bins,
@@ -68,6 +72,9 @@ def steer_candidates(
         kernel.bound_strength,
         kernel.min_eos,
         kernel.eos_haste,
+        kernel.closing_haste,
+        kernel.patience,
+        kernel.at_most_lead,
         BLOCK_C=triton.next_power_of_2(num_candidates),
         BLOCK_M=triton.next_power_of_2(num_bins),
     )
@@ -109,6 +116,8 @@ def _steer_row(  # type: ignore[no-untyped-def]
     strategy_ptr,
     target_ptr,
     beta_ptr,
+    closing_mask_ptr,
+    after_closing_ptr,
     steered_ptr,
     num_candidates,
     num_bins,
@@ -121,6 +130,9 @@ def _steer_row(  # type: ignore[no-untyped-def]
     bound_strength,
     min_eos,
     eos_haste,
+    closing_haste,
+    patience,
+    at_most_lead,
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -132,6 +144,8 @@ def _steer_row(  # type: ignore[no-untyped-def]
     columns = row * num_candidates + c  # [C]
     given = tl.load(candidate_logprobs_ptr + columns, mask=in_c, other=float("-inf"))
     is_eos = tl.load(eos_mask_ptr + columns, mask=in_c, other=0).to(tl.int1)
+    closes = tl.load(closing_mask_ptr + columns, mask=in_c, other=0).to(tl.int1)
+    after_closing = tl.load(after_closing_ptr + row).to(tl.int1)
     bins = tl.load(
         bin_logprobs_ptr + columns[:, None] * num_bins + m[None, :],
         mask=in_c[:, None] & in_m[None, :],
@@ -147,10 +161,15 @@ def _steer_row(  # type: ignore[no-untyped-def]
 
     unmet = (mode == _AT_LEAST) & (end_length < target)
     others_left = tl.max(((given > float("-inf")) & (is_eos == 0)).to(tl.int32), axis=0) > 0
-    excess = tl.maximum((end_length - target) / target, 0.0)
-    floored = ((mode == _EQUAL) | ((mode == _AT_MOST) & (end_length == 1.0))) & (hard == 0)
-    cutting = floored & (tl.exp(given) < min_eos * tl.exp(-eos_haste * excess))  # [C]
+    ends_naturally = ((mode == _EQUAL) | (mode == _AT_MOST)) & (hard == 0)
+    onset = tl.where(mode == _AT_MOST, 1.0 - at_most_lead, 1.0)
+    late = tl.where(end_length > 1.0, tl.maximum(end_length / target - onset, 0.0), 0.0)
+    eos_late = tl.where(after_closing, late, tl.maximum(late - patience, 0.0))
+    cutting = ends_naturally & (tl.exp(given) < min_eos * tl.exp(-eos_haste * eos_late))  # [C]
     logprobs = tl.where(is_eos & (unmet | cutting) & others_left, float("-inf"), given)
+    hurried = ends_naturally & tl.where(after_closing, is_eos, closes)
+    hurry = tl.where(after_closing, late, tl.minimum(late, patience))
+    logprobs += tl.where(hurried, closing_haste * hurry, 0.0)
     candidate = logprobs > float("-inf")
 
     short = tl.where(mode == _EQUAL, equal_short, tl.where(mode == _AT_LEAST, at_least_short, 0.0))

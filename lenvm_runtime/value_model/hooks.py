@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lenvm_runtime import compat
+from lenvm_runtime.closing import closing_tokens
 from lenvm_runtime.engine_hooks import register_controls
 from lenvm_runtime.input_values import QueryBatch, write_input_values
 from lenvm_runtime.value_model.source import ValueModelSource
@@ -43,7 +44,8 @@ class ValueModelHooks:
         target = compat.target_runner(scheduler)
         with compat.random_state_kept(target):  # the served model's tokens for a seed stay stock SGLang's
             runner = ValueModelRunner(self._source, target)
-        self._guide = ValueGuide(runner, sorted(compat.eos_token_ids(target)), self._max_length)
+        closing = closing_tokens(compat.token_texts(target.server_args.tokenizer_path), target.model_config.vocab_size)
+        self._guide = ValueGuide(runner, sorted(compat.eos_token_ids(target)), closing, self._max_length)
 
     def _count_kv_bytes(self, cell_size: int, _configurator: Any, _kvc: Any, _num_layers: int) -> int:
         assert self._guide is not None

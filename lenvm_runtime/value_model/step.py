@@ -19,7 +19,7 @@ from lenvm_runtime.guidance import GuidedRows
 from lenvm_runtime.head_runner import INTERVAL
 from lenvm_runtime.input_values import QueryBatch
 from lenvm_runtime.response import CANDIDATES_KEY, PREDICTION_KEY, VALUE_KEY
-from lenvm_runtime.steering import DeviceRows, ScaledTargets, just_prefilled, released, steer_rows
+from lenvm_runtime.steering import DeviceRows, ScaledTargets, just_prefilled, last_token_ids, released, steer_rows
 from lenvm_runtime.value_model.packing import StepRows, pack_step, read_candidates
 from lenvm_runtime.value_model.runner import ValueModelRunner
 
@@ -33,11 +33,14 @@ class ValueGuide:
     `lenvm_kernels.value_distribution`, whose mean value is the model's and whose spread is assumed.
     """
 
-    def __init__(self, runner: ValueModelRunner, eos_token_ids: Sequence[int], max_length: int) -> None:
+    def __init__(
+        self, runner: ValueModelRunner, eos_token_ids: Sequence[int], closing_tokens: Tensor, max_length: int
+    ) -> None:
         device = runner.device
         self.runner = runner
         self.gamma = runner.source.gamma
         self.eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
+        self.closing_tokens = closing_tokens.to(device)  # [vocab] bool
         self.scaled_targets = ScaledTargets(device)
         self.bin_lengths = bin_lengths(NUM_BINS, max_length).to(device)
         self._table = build_value_table(self.bin_lengths, self.gamma)
@@ -112,7 +115,9 @@ class ValueStep:
         if self.state_values is not None:
             remaining = guide.expected_lengths(self.state_values)
             guide.scaled_targets.update(control, slots, generated, remaining, just_prefilled(self.batch, control))
-        guided = control.guided_rows(generated, guide.scaled_targets.read(slots))
+        guided = control.guided_rows(
+            generated, guide.scaled_targets.read(slots), last_token_ids(self.batch), guide.closing_tokens
+        )
 
         def reweigh(candidates: Candidates) -> Tensor:
             values = self._run_candidates(control.rows, candidates.ids, scored_candidates(candidates, guided))
@@ -142,9 +147,8 @@ class ValueStep:
         self, taking_part: Tensor, guided: Tensor, candidate_ids: Tensor, scored: Tensor, max_rows: int
     ) -> StepRows:
         batch = self.batch
-        tokens = batch.input_ids[batch.extend_seq_lens.cumsum(0) - 1] if self.prefilled else batch.input_ids
         return pack_step(
-            tokens[taking_part],
+            last_token_ids(batch)[taking_part],
             batch.seq_lens[taking_part],
             batch.req_pool_indices[taking_part],
             self.guide.runner.req_to_token_pool.req_to_token,

@@ -26,6 +26,7 @@ def make_batch(num_rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
         "top_ks": torch.tensor([TOP_K_ALL, 5, 1, 40], dtype=torch.int32)[torch.arange(num_rows) % 4],
         "top_ps": torch.tensor([1.0, 0.9, 0.5, 0.99, 1.0])[torch.arange(num_rows) % 5],
         "min_ps": torch.tensor([0.0, 0.1, 0.0, 0.01])[torch.arange(num_rows) % 4],
+        "exempt_eos": torch.arange(num_rows) % 3 != 1,
     }
 
 
@@ -46,7 +47,8 @@ def expected_row(row: dict[str, Any], max_candidates: int) -> dict[int, float]:
         mass += probs[token]
         if probs[token] > 0 and (greedy or passes):
             chosen[token] = probs[token]
-    chosen |= {token: probs[token] for token in EOS.tolist() if probs[token] > 0}
+    if row["exempt_eos"]:
+        chosen |= {token: probs[token] for token in EOS.tolist() if probs[token] > 0}
     return {token: math.log(p / sum(chosen.values())) for token, p in chosen.items()}
 
 

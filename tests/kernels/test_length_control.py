@@ -37,6 +37,9 @@ KERNEL = PreferenceKernel(
     bound_strength=2.5,
     min_eos=0.02,
     eos_haste=40.0,
+    closing_haste=30.0,
+    patience=0.2,
+    at_most_lead=0.3,
 )
 GRID = [(b, c, m) for b in (1, 3, 17) for c in (1, 2, 33) for m in (1, 24)]
 CONTROLS = [(mode, strategy) for mode in Mode for strategy in Strategy]
@@ -55,6 +58,8 @@ class Batch:
     strategy: torch.Tensor
     target: torch.Tensor
     beta: torch.Tensor
+    closing_mask: torch.Tensor
+    after_closing: torch.Tensor
     bin_lengths: torch.Tensor
 
     def steer(self, op: Callable[..., torch.Tensor] = steer_candidates) -> torch.Tensor:
@@ -94,6 +99,8 @@ def make_batch(num_rows: int, num_candidates: int, num_bins: int, seed: int = 0)
         strategy=codes[:, 1],
         target=target,
         beta=50 * normal(num_rows) * (row % 7 != 6),
+        closing_mask=(normal(num_rows, num_candidates) > 0.5) & ~eos_mask,
+        after_closing=normal(num_rows) > 0,
         bin_lengths=bin_lengths(num_bins, 2048),
     )
 
@@ -141,11 +148,17 @@ def expected_row(batch: Batch, i: int) -> list[float]:
         weights = [given[c] * math.exp(beta * values[c]) for c in columns]
         return [w / sum(weights) for w in weights]
     left = [c for c in columns if given[c] > 0]
-    least_eos = 1.0 if mode == Mode.AT_LEAST else 0.0
-    if (mode == Mode.EQUAL or (mode == Mode.AT_MOST and end == 1)) and batch.strategy[i] == Strategy.NATURAL:
-        least_eos = KERNEL.min_eos * math.exp(-KERNEL.eos_haste * max((end - target) / target, 0))
+    least_eos, boost = 1.0 if mode == Mode.AT_LEAST else 0.0, 1.0
+    if mode in (Mode.EQUAL, Mode.AT_MOST) and batch.strategy[i] == Strategy.NATURAL:
+        onset = 1 - KERNEL.at_most_lead if mode == Mode.AT_MOST else 1
+        late = max(end / target - onset, 0) if end > 1 else 0
+        eos_late = late if batch.after_closing[i] else max(late - KERNEL.patience, 0)
+        least_eos = KERNEL.min_eos * math.exp(-KERNEL.eos_haste * eos_late)
+        boost = math.exp(KERNEL.closing_haste * (late if batch.after_closing[i] else min(late, KERNEL.patience)))
     if any(not eos[c] for c in left):
         left = [c for c in left if not eos[c] or given[c] >= least_eos]
+    hurried = (batch.eos_mask if batch.after_closing[i] else batch.closing_mask)[i]
+    given = [p * boost if hurried[c] else p for c, p in enumerate(given)]
     if batch.strategy[i] == Strategy.HARD:
         remaining = max(target - end, 0)
         costs = {
@@ -256,32 +269,56 @@ def test_at_least_bars_eos_until_the_target_unless_nothing_else_is_left() -> Non
     assert torch.equal(at_target, batch.candidate_logprobs)
 
 
-def test_at_most_is_not_met_by_an_empty_answer() -> None:
-    batch = make_batch(1, 3, 24)
-    batch.eos_mask = torch.tensor([[False, False, True]])
-    batch.target, batch.num_generated = torch.tensor([1.0]), torch.tensor([0])
-    for chance, ends in ((0.9 * KERNEL.min_eos, False), (1.1 * KERNEL.min_eos, True)):
-        batch.candidate_logprobs = torch.log(torch.tensor([[0.5, 0.5 - chance, chance]]))
-        assert (with_control(batch, Mode.AT_MOST).steer().exp()[0, 2] > 0) == ends
-    batch.candidate_logprobs = torch.log(torch.tensor([[0.5, 0.4999, 0.0001]]))
-    batch.num_generated = torch.tensor([1])
-    assert with_control(batch, Mode.AT_MOST).steer().exp()[0, 2] > 0
+def at_length(mode: Mode, num_generated: int, eos_chance: float, after_closing: bool = True) -> torch.Tensor:
+    """Steered probabilities [3] of a closing token, another one and EOS, for a target of 100 tokens."""
+    batch = with_control(make_batch(1, 3, 24), mode, target=torch.tensor([100.0]))
+    batch.bin_logprobs = torch.full((1, 3, 24), -math.log(24))  # both words lead to the same lengths
+    batch.num_generated = torch.tensor([num_generated])
+    batch.eos_mask, batch.closing_mask = torch.tensor([[False, False, True]]), torch.tensor([[True, False, False]])
+    batch.after_closing = torch.tensor([after_closing])
+    rest = (1 - eos_chance) / 2
+    batch.candidate_logprobs = torch.log(torch.tensor([[rest, rest, eos_chance]]))
+    return batch.steer().exp()[0]
 
 
-def test_equal_ends_only_where_the_model_gives_eos_a_chance() -> None:
+@pytest.mark.parametrize(("mode", "onset"), [(Mode.EQUAL, 100), (Mode.AT_MOST, 70)])
+def test_an_answer_ends_where_the_model_gives_eos_a_chance(mode: Mode, onset: int) -> None:
+    unlikely, likely = 0.9 * KERNEL.min_eos, 1.1 * KERNEL.min_eos
+    assert at_length(mode, onset - 1, unlikely)[2] == 0
+    assert at_length(mode, onset - 1, likely)[2] > likely
+    assert at_length(mode, onset + 1, unlikely)[2] > 0  # the least chance falls
+    assert at_length(mode, 0, unlikely)[2] == 0  # an empty answer
+    assert at_length(mode, onset - 1, 1.0)[2] == 1  # nothing else is left
+
+
+@pytest.mark.parametrize(("mode", "onset"), [(Mode.EQUAL, 100), (Mode.AT_MOST, 70)])
+def test_an_answer_waits_for_the_end_of_a_sentence(mode: Mode, onset: int) -> None:
+    chance, patience = 1e-3, int(100 * KERNEL.patience)
+    assert at_length(mode, onset + patience - 2, chance)[2] > 0
+    assert at_length(mode, onset + patience - 2, chance, after_closing=False)[2] == 0
+    assert at_length(mode, onset + 2 * patience, chance, after_closing=False)[2] > 0
+
+
+@pytest.mark.parametrize(("mode", "onset"), [(Mode.EQUAL, 100), (Mode.AT_MOST, 70)])
+def test_sentences_are_closed_from_the_onset_on(mode: Mode, onset: int) -> None:
+    def closing_over_other(num_generated: int, after_closing: bool = False) -> float:
+        closing, other, _ = at_length(mode, num_generated, 1e-30, after_closing).tolist()
+        return closing / other
+
+    assert closing_over_other(onset - 1) == pytest.approx(1, rel=1e-4)
+    assert closing_over_other(onset + 9) == pytest.approx(math.exp(KERNEL.closing_haste * 0.1), rel=1e-4)
+    assert closing_over_other(onset + 9, after_closing=True) == pytest.approx(1, rel=1e-4)  # no row of full stops
+    gain = math.exp(KERNEL.closing_haste * 0.1)
+    eos = [at_length(mode, onset + length, 1e-3, after_closing=True)[2].item() for length in (9, 19)]
+    assert eos[1] / (1 - eos[1]) > gain * eos[0] / (1 - eos[0])  # then the answer ends
+    most = math.exp(KERNEL.closing_haste * KERNEL.patience)
+    assert closing_over_other(onset + 300) == pytest.approx(most, rel=1e-4)
+
+
+def test_hard_control_ends_at_the_target_whatever_eos_has() -> None:
     batch = make_batch(3, 3, 24)
     batch.eos_mask = torch.tensor([[False, False, True]]).expand(3, -1)
-    least = KERNEL.min_eos
-    batch.candidate_logprobs = torch.log(
-        torch.tensor([[0.5, 0.5 - 0.9 * least, 0.9 * least], [0.5, 0.5 - 1.1 * least, 1.1 * least], [0.0, 0.0, 1.0]])
-    )
     at_target = dict(target=torch.full((3,), 10.0), num_generated=torch.full((3,), 9))
-    natural = with_control(batch, Mode.EQUAL, **at_target).steer().exp()
-    assert natural[0, 2] == 0
-    assert natural[1, 2] > 1.1 * least
-    assert natural[2, 2] == 1
-    late = with_control(batch, Mode.EQUAL, **at_target | {"num_generated": torch.full((3,), 10)}).steer().exp()
-    assert late[0, 2] > 0
     hard = with_control(batch, Mode.EQUAL, Strategy.HARD, **at_target).steer().exp()
     assert (hard[:, 2] == 1).all()
 
@@ -343,6 +380,8 @@ class Chain:
             torch.zeros(rows, dtype=torch.int32),
             torch.full((rows,), target),
             torch.zeros(rows),
+            torch.zeros(rows, self.words + 1, dtype=torch.bool),
+            torch.zeros(rows, dtype=torch.bool),
             GAMMA,
             replace(KERNEL, equal_strength=1.0, bound_strength=1.0, min_eos=0.0),
         )

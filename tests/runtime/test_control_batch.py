@@ -67,10 +67,14 @@ def test_guided_rows_are_those_under_control_with_their_own_targets() -> None:
     controls = (LengthControl("equal", target=7), None, LengthControl("scale", factor=0.5), CHOICES[-2], CHOICES[-1])
     batch = build([(control, 3) for control in controls])
     assert batch is not None
-    rows = batch.guided_rows(torch.tensor([1, 2, 3, 4, 5]), torch.tensor([11.0, 12.0, 13.0, 14.0, 15.0]))
+    targets, last, closing = torch.tensor([11.0, 12.0, 13.0, 14.0, 15.0]), torch.arange(5), torch.arange(9) == 3
+    rows = batch.guided_rows(torch.tensor([1, 2, 3, 4, 5]), targets, last, closing)
+    assert rows.after_closing.tolist() == [False, False, True, False]
     assert rows.mode.tolist() == [Mode.EQUAL, Mode.EQUAL, Mode.MEAN_VALUE_FACTOR, Mode.MEAN_LENGTH_FACTOR]
     assert rows.target.tolist() == [7.0, 13.0, 1.0, 1.0]
     assert rows.factor.tolist() == [0.0, 0.5, 2.0, 0.5]
     assert rows.generated.tolist() == [1, 3, 4, 5]
     assert rows.has_mean
-    assert not batch.filter([0, 2], torch.tensor([0, 2])).guided_rows(rows.mode, rows.target).has_mean  # type: ignore[union-attr]
+    kept = batch.filter([0, 2], torch.tensor([0, 2]))
+    assert kept is not None
+    assert not kept.guided_rows(torch.ones(2), targets[:2], last[:2], closing).has_mean

@@ -37,7 +37,7 @@ def make_step(num_rows: int, vocab: int = 50) -> tuple[Candidates, torch.Tensor]
     row = torch.arange(num_rows)
     top_ks = torch.where(row % 3 == 2, 1, torch.where(row % 3 == 1, 9, TOP_K_ALL))
     ones = torch.ones(num_rows)
-    candidates = select_candidates(logits, ones, top_ks, 0.98 * ones, 0.01 * ones, torch.tensor([3]), 15)
+    candidates = select_candidates(logits, ones, top_ks, 0.98 * ones, 0.01 * ones, torch.tensor([3]), 15, row % 2 == 0)
     lengths = 10 + 90 * torch.rand(candidates.ids.shape, generator=generator)
     return candidates, value_from_length(lengths, GAMMA)
 
@@ -45,7 +45,9 @@ def make_step(num_rows: int, vocab: int = 50) -> tuple[Candidates, torch.Tensor]
 def guided_rows(controls: list[LengthControl]) -> GuidedRows:
     batch = ControlBatch.build(controls, [5] * len(controls), [50] * len(controls), "cpu")
     assert batch is not None
-    return batch.guided_rows(torch.full((len(controls),), GENERATED), torch.ones(len(controls)))
+    last = torch.arange(len(controls)) % 2  # one of the two closes a sentence
+    closing = torch.arange(50) % 3 == 1
+    return batch.guided_rows(torch.full((len(controls),), GENERATED), torch.ones(len(controls)), last, closing)
 
 
 def steer(rows: GuidedRows, candidates: Candidates, values: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,9 @@ def test_only_scored_rows_are_rewritten(controls: list[LengthControl | None]) ->
     sampling = SimpleNamespace(temperatures=temperatures, **filters)
     control = ControlBatch.build(controls, [0] * num_rows, [TOP_K_ALL] * num_rows, "cpu")
     assert control is not None
-    guided = control.guided_rows(torch.ones(num_rows), torch.ones(num_rows))
+    guided = control.guided_rows(
+        torch.ones(num_rows), torch.ones(num_rows), torch.zeros(num_rows).long(), torch.zeros(vocab).bool()
+    )
     kept: list[Candidates] = []
     wanted: list[Tensor] = []
 

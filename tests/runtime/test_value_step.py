@@ -50,6 +50,11 @@ def test_packed_rows_are_those_of_a_loop(guided: list[int], padding: int) -> Non
                 assert found == 0
 
 
+def no_closing(num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Last tokens of rows in a vocabulary in which no token closes a sentence."""
+    return torch.zeros(num_rows, dtype=torch.int64), torch.zeros(200, dtype=torch.bool)
+
+
 def make_candidates(logprobs: list[list[float]]) -> Candidates:
     weights = torch.tensor(logprobs)
     ids = torch.arange(weights.shape[1]).expand_as(weights)
@@ -69,7 +74,9 @@ def test_only_candidates_that_can_matter_are_scored() -> None:
     ]
     batch = ControlBatch.build([case[0] for case in cases], [0] * len(cases), [50] * len(cases), "cpu")
     assert batch is not None
-    guided = batch.guided_rows(torch.tensor([case[2] for case in cases]), torch.ones(len(cases)))
+    guided = batch.guided_rows(
+        torch.tensor([case[2] for case in cases]), torch.ones(len(cases)), *no_closing(len(cases))
+    )
     candidates = make_candidates([case[1] for case in cases])
     assert scored_candidates(candidates, guided).tolist() == [case[3] for case in cases]
 
@@ -84,8 +91,8 @@ def test_the_hosts_bound_holds_every_scored_candidate() -> None:
     logits[:, EOS] += 3  # among the likeliest
     ones = torch.ones(len(top_ks))
     filters = torch.tensor(top_ks), torch.rand(len(top_ks), generator=generator) / 2 + 0.5, 0 * ones
-    candidates = select_candidates(logits, ones, *filters, torch.tensor([EOS]), MAX_CANDIDATES)
-    scored = scored_candidates(candidates, control.guided_rows(ones, ones))
+    candidates = select_candidates(logits, ones, *filters, torch.tensor([EOS]), MAX_CANDIDATES, ones.bool())
+    scored = scored_candidates(candidates, control.guided_rows(ones, ones, *no_closing(len(ones))))
     assert (scored.sum(1) <= torch.tensor(control.max_candidates)).all()
     assert control.max_candidates[:6] == [32, 5, 31, 32, 32, 32]
 
