@@ -48,6 +48,7 @@ BATCH_COPY = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.copy_for
 GENERATE = "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request"
 CHAT_STREAM = "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._generate_chat_stream"
 CHAT_RESPONSE = "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._build_chat_response"
+TOOL_CONSTRAINT = "sglang.srt.function_call.function_call_parser.FunctionCallParser.get_structure_constraint"
 COMPLETION_STREAM = (
     "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._generate_completion_stream"
 )
