@@ -16,6 +16,7 @@ from sglang.srt.entrypoints.openai.protocol import Tool, ToolChoice  # noqa: E40
 from sglang.srt.function_call.function_call_parser import FunctionCallParser  # noqa: E402
 
 from lenvm_runtime.tool_calls import _close_constraint, close_calls  # noqa: E402
+from lenvm_service.validation import STRICT_PARSERS  # noqa: E402
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOLS = [
@@ -61,3 +62,13 @@ def test_other_constraints_stay_as_they_are() -> None:
     assert _close_constraint(None, SimpleNamespace()) is None
     assert _close_constraint(("structural_tag", object()), SimpleNamespace()) is None
     assert _close_constraint(constraint("auto"), SimpleNamespace()) is None
+
+
+def test_the_gateway_knows_which_parsers_hold_strict_tools_to_their_schema() -> None:
+    strict = Tool(type="function", function={"name": "get_weather", "parameters": PARAMETERS, "strict": True})
+    found = {
+        name
+        for name in FunctionCallParser.ToolCallParserEnum
+        if FunctionCallParser([strict], name).get_structure_constraint("auto") is not None
+    }
+    assert found == STRICT_PARSERS
