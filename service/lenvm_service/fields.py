@@ -231,6 +231,8 @@ def _part(here: str, part: Any) -> None:
             raise InvalidField(f"{here}.image_url.url", "must be a string")
         _only(here, part, "type", "image_url")
         _only(f"{here}.image_url", part["image_url"], "url", "detail")
+        if part["image_url"].get("detail") not in (None, "auto"):
+            raise UnsupportedField(f"{here}.image_url.detail", f"must be auto: {_IGNORED}")
     else:
         raise UnsupportedField(f"{here}.type", "must be text or image_url")
 

@@ -119,32 +119,6 @@ def test_json_schema(client: openai.OpenAI, model_name: str) -> None:
         assert set(json.loads(answer.choices[0].message.content)) == {"city"}
 
 
-def test_tools(client: openai.OpenAI, model_name: str) -> None:
-    """The forced call begins as SGLang's grammar demands; what a model of this size adds to it is its own."""
-    tool = {
-        "type": "function",
-        "function": {
-            "name": "get_weather",
-            "description": "The weather of a city",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-        },
-    }
-    for choice in ("auto", "required"):
-        answer = client.chat.completions.create(
-            model=model_name,
-            messages=[{"role": "user", "content": "What is the weather in Paris?"}],
-            tools=[tool],
-            tool_choice=choice,
-            temperature=0,
-            max_completion_tokens=24,
-        )
-        message = answer.choices[0].message
-        assert message.content or message.tool_calls
-        if choice == "required":
-            called = message.tool_calls[0].function.name if message.tool_calls else message.content
-            assert "get_weather" in called
-
-
 def test_completions_endpoint(client: openai.OpenAI, model_name: str) -> None:
     answer = client.completions.create(model=model_name, prompt="The capital of France is", max_tokens=8, temperature=0)
     assert "Paris" in answer.choices[0].text

@@ -122,6 +122,10 @@ BAD_FIELDS = [
     ("messages[0].content[0].type", {"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}),
     ("messages[0].content[0].image_url.url", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
     ("messages[0].content[0].image_url.url", {"messages": [{"role": "user", "content": [IMAGE]}]}),
+    (
+        "messages[0].content[0].image_url.detail",
+        {"messages": [{"role": "user", "content": [{**IMAGE, "image_url": {**IMAGE["image_url"], "detail": "low"}}]}]},
+    ),
     ("max_length_hint", {"max_length_hint": 0}),
     ("max_length_hint", {"max_length_hint": "200"}),
     ("max_length_hint", {"max_length_hint": True}),
