@@ -24,6 +24,7 @@ import httpx
 
 from lenvm_kernels.checkpoint_files import find_kind
 from lenvm_runtime import default_model
+from lenvm_runtime.config import CUSTOM_LOGIT_PROCESSOR
 
 SHIPPED_HEAD = Path(__file__).parent / "heads" / default_model.MODEL_NAME
 DEFAULT_MODEL_ARGUMENTS = {
@@ -63,6 +64,10 @@ class ServeConfig:
             find_kind(self.head)
         if self.model is not None and self.head is None:
             raise ValueError("lenvm: a model other than the default needs its own LenVM")
+        for argument in self.engine_arguments:
+            flag = argument.split("=", 1)[0]
+            if flag.startswith("--enable-custom-l") and CUSTOM_LOGIT_PROCESSOR.startswith(flag):  # argparse takes parts
+                raise ValueError(f"{argument}: refused, the engine would unpickle bytes that clients send")
 
 
 @dataclass(frozen=True)
@@ -97,8 +102,11 @@ def serve(config: ServeConfig) -> int:
 def running_stack(config: ServeConfig) -> Iterator[Stack]:
     """Start engine and gateway, wait until both answer, and stop both at the end, whatever happens.
 
-    Raises StartError with the end of the engine's log when one of them does not come up.
+    Raises StartError with the end of the engine's log when one of them does not come up, and ValueError for an
+    engine that the gateway would not serve.
     """
+    if config.head == NO_HEAD:
+        raise ValueError("lenvm: none: the gateway serves no engine without a LenVM (lenvm with-engine starts one)")
     _check_port_is_free(config.host, config.port)
     with running_engine(config) as (engine, engine_url):
         gateway_url = f"http://{config.host}:{config.port}"
