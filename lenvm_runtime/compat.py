@@ -34,6 +34,7 @@ STOCK_SAMPLING_BACKENDS = ("pytorch", "flashinfer")
 LOGITS_FORWARD = "sglang.srt.layers.logits_processor.LogitsProcessor.forward"
 SAMPLE = "sglang.srt.model_executor.model_runner.ModelRunner.sample"
 LOAD_MODEL = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
+SUPPORT_TRITON = "sglang.srt.utils.common.support_triton"
 DRAW = "sglang.srt.layers.sampler.sampling_from_probs_torch"
 FORWARD = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
 INIT_TARGET_WORKER = "sglang.srt.managers.scheduler.Scheduler.init_tp_model_worker"

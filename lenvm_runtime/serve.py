@@ -109,7 +109,7 @@ def running_stack(config: ServeConfig) -> Iterator[Stack]:
         raise ValueError("lenvm: none: the gateway serves no engine without a LenVM (lenvm with-engine starts one)")
     _check_port_is_free(config.host, config.port)
     with running_engine(config) as (engine, engine_url):
-        gateway_url = f"http://{config.host}:{config.port}"
+        gateway_url = f"http://{_url_host(config.host)}:{config.port}"
         gateway = _spawn(
             [sys.executable, "-m", "lenvm_service", "--host", config.host, "--port", str(config.port)],
             {"LENVM_ENGINE_URL": engine_url},
@@ -226,12 +226,19 @@ def _tail(log: Path | None, num_lines: int = 20) -> str:
 
 
 def _check_port_is_free(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise StartError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        for family, kind, protocol, _, address in found:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+    except OSError as error:
+        raise StartError(f"cannot listen on {_url_host(host)}:{port}: {error.strerror}") from None
+
+
+def _url_host(host: str) -> str:
+    """The host as a URL has it: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def _wait_for_end(stack: Stack) -> str:

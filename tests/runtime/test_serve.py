@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -39,12 +40,19 @@ def test_bad_arguments_are_one_line_and_exit_status_2(arguments: list[str], caps
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-def test_a_taken_port_is_reported_before_anything_starts() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
+@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]"), ("localhost", "localhost")])
+def test_a_taken_port_is_reported_before_anything_starts(host: str, shown: str) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as taken:
+        try:
+            taken.bind((host, 0))
+        except OSError:
+            pytest.skip("no such address here")
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(StartError, match=str(port)), running_stack(ServeConfig("127.0.0.1", port, None, None)):
+        with (
+            pytest.raises(StartError, match=re.escape(f"{shown}:{port}: Address already in use")),
+            running_stack(ServeConfig(host, port, None, None)),
+        ):
             pass
 
 
