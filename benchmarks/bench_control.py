@@ -1,6 +1,6 @@
 """Length control on the default model: does it reach the length, end by itself, and what does it cost?
 
-Tasks of LIFEBench x targets x modes, each answered five ways with the same sampling (temperature 1,
+Tasks of LIFEBench x targets x modes, each answered four ways with the same sampling (temperature 1,
 top-p 0.999, top-k 15): ``natural`` and ``hard`` control, the prompt alone (``prompt_only``), EOS banned
 and then forced at the target (``force``; ``at_most`` bans nothing; the forced EOS has no part in the
 log-probability). Every prompt asks for the length in words, too.

@@ -39,6 +39,7 @@ import psutil
 
 from lenvm_kernels import torchvision_schema
 from lenvm_runtime import default_model
+from lenvm_runtime.config import WITHOUT_PLUGIN
 from lenvm_runtime.serve import NO_HEAD, ServeConfig, free_port, running_engine
 
 LLAMACPP = "llama-cpp-python[server]==0.3.36"
@@ -89,7 +90,7 @@ def sglang(stock: bool, capacity: str) -> Iterator[tuple[int, str]]:
     environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))}
     if stock:
         arguments += ("--attention-backend", "torch_native")
-        environment["SGLANG_PLUGINS"] = "lenvm_cpu"  # the platform alone
+        environment |= {"SGLANG_PLUGINS": "lenvm_cpu", WITHOUT_PLUGIN: "1"}  # the platform alone
     config = ServeConfig("127.0.0.1", 8000, None, NO_HEAD, arguments)
     with ExitStack() as stack:
         with patch.dict(os.environ, environment):

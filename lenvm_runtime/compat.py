@@ -34,6 +34,7 @@ STOCK_SAMPLING_BACKENDS = ("pytorch", "flashinfer")
 LOGITS_FORWARD = "sglang.srt.layers.logits_processor.LogitsProcessor.forward"
 SAMPLE = "sglang.srt.model_executor.model_runner.ModelRunner.sample"
 LOAD_MODEL = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
+SUPPORT_TRITON = "sglang.srt.utils.common.support_triton"
 DRAW = "sglang.srt.layers.sampler.sampling_from_probs_torch"
 FORWARD = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
 INIT_TARGET_WORKER = "sglang.srt.managers.scheduler.Scheduler.init_tp_model_worker"
@@ -48,6 +49,7 @@ BATCH_COPY = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.copy_for
 GENERATE = "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request"
 CHAT_STREAM = "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._generate_chat_stream"
 CHAT_RESPONSE = "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._build_chat_response"
+TOOL_CONSTRAINT = "sglang.srt.function_call.function_call_parser.FunctionCallParser.get_structure_constraint"
 COMPLETION_STREAM = (
     "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._generate_completion_stream"
 )

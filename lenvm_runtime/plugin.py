@@ -12,7 +12,7 @@ from typing import Any
 from lenvm_kernels.checkpoint import read_config
 from lenvm_kernels.checkpoint_files import LenVMKind, find_kind
 from lenvm_kernels.length_value import length_from_value
-from lenvm_runtime import compat
+from lenvm_runtime import compat, tool_calls
 from lenvm_runtime.config import PluginConfig
 from lenvm_runtime.value_model.source import read_source
 
@@ -28,6 +28,7 @@ def load() -> None:
 def _load(config: PluginConfig) -> None:
     compat.check_version()
     _register_cpu_engine()
+    tool_calls.register()
     if config.head is not None:
         _register_lenvm(config.head)
     for backend in compat.STOCK_SAMPLING_BACKENDS:

@@ -17,7 +17,7 @@ from lenvm_runtime.length_control import LengthControl, wants_values
 VALUE_KEY = "lenvm_value"
 PREDICTION_KEY = "lenvm_prediction"
 CANDIDATES_KEY = "lenvm_candidate_values"
-_ENDED = {"stop": "natural", "length": "cap", "abort": "abort"}
+_ENDED = {"stop": "natural", "tool_calls": "natural", "length": "cap", "abort": "abort"}
 
 
 @dataclass

@@ -24,6 +24,7 @@ import httpx
 
 from lenvm_kernels.checkpoint_files import find_kind
 from lenvm_runtime import default_model
+from lenvm_runtime.config import CUSTOM_LOGIT_PROCESSOR
 
 SHIPPED_HEAD = Path(__file__).parent / "heads" / default_model.MODEL_NAME
 DEFAULT_MODEL_ARGUMENTS = {
@@ -63,6 +64,10 @@ class ServeConfig:
             find_kind(self.head)
         if self.model is not None and self.head is None:
             raise ValueError("lenvm: a model other than the default needs its own LenVM")
+        for argument in self.engine_arguments:
+            flag = argument.split("=", 1)[0]
+            if flag.startswith("--enable-custom-l") and CUSTOM_LOGIT_PROCESSOR.startswith(flag):  # argparse takes parts
+                raise ValueError(f"{argument}: refused, the engine would unpickle bytes that clients send")
 
 
 @dataclass(frozen=True)
@@ -97,11 +102,14 @@ def serve(config: ServeConfig) -> int:
 def running_stack(config: ServeConfig) -> Iterator[Stack]:
     """Start engine and gateway, wait until both answer, and stop both at the end, whatever happens.
 
-    Raises StartError with the end of the engine's log when one of them does not come up.
+    Raises StartError with the end of the engine's log when one of them does not come up, and ValueError for an
+    engine that the gateway would not serve.
     """
+    if config.head == NO_HEAD:
+        raise ValueError("lenvm: none: the gateway serves no engine without a LenVM (lenvm with-engine starts one)")
     _check_port_is_free(config.host, config.port)
     with running_engine(config) as (engine, engine_url):
-        gateway_url = f"http://{config.host}:{config.port}"
+        gateway_url = f"http://{_url_host(config.host)}:{config.port}"
         gateway = _spawn(
             [sys.executable, "-m", "lenvm_service", "--host", config.host, "--port", str(config.port)],
             {"LENVM_ENGINE_URL": engine_url},
@@ -218,12 +226,19 @@ def _tail(log: Path | None, num_lines: int = 20) -> str:
 
 
 def _check_port_is_free(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise StartError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        for family, kind, protocol, _, address in found:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+    except OSError as error:
+        raise StartError(f"cannot listen on {_url_host(host)}:{port}: {error.strerror}") from None
+
+
+def _url_host(host: str) -> str:
+    """The host as a URL has it: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def _wait_for_end(stack: Stack) -> str:

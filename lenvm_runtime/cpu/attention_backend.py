@@ -26,7 +26,6 @@ from lenvm_runtime import compat
 logger = logging.getLogger(__name__)
 
 NAME = "lenvm_cpu"
-SUPPORT_TRITON = "sglang.srt.utils.common.support_triton"
 
 
 class UnsupportedModelError(ValueError):
@@ -39,7 +38,7 @@ def register() -> None:
         return
     register_attention_backend(NAME)(CpuAttentionBackend)
     add_attention_backend_choices([NAME])
-    compat.around(SUPPORT_TRITON, _support_triton)
+    compat.around(compat.SUPPORT_TRITON, _support_triton)
 
 
 def _support_triton(original: Callable[[str], bool], backend: str) -> bool:

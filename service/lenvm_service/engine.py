@@ -14,11 +14,12 @@ import orjson
 
 from lenvm_runtime.length_control import build_custom_params
 
+from .chat_template import find_read_parts
 from .config import GatewayConfig
 from .errors import EngineBroken, EngineFailed, EngineTimeout, EngineUnavailable, GatewayError, InvalidRequest
 from .fields import CHAT, COMPLETION, VALUES
 from .metrics import Metrics
-from .validation import COMPLETION_PATH, EngineProfile
+from .validation import CHAT_PATH, COMPLETION_PATH, EngineProfile
 
 log = logging.getLogger("lenvm.gateway")
 
@@ -117,16 +118,20 @@ class Engine:
     async def _ask(self, previous: EngineProfile | None) -> EngineProfile:
         (await self._client.get("/health")).raise_for_status()
         models, server, model = [await self._get(path) for path in ("/v1/models", "/server_info", "/model_info")]
-        profile = EngineProfile(
+        started = (server["startup_time"], models["data"][0]["id"])
+        if previous is None or started != self._started:
+            await self._probe(models["data"][0]["id"])
+            read_parts = await find_read_parts(self._render)
+        else:
+            read_parts = previous.read_parts
+        self._started = started
+        return EngineProfile(
             models=tuple(models["data"]),
             seeds=bool(server["enable_deterministic_inference"]),
-            tool_calls=bool(server["tool_call_parser"]),
+            tool_call_parser=server["tool_call_parser"] or "",
             images=bool(model["has_image_understanding"]),
+            read_parts=read_parts,
         )
-        if previous is None or (server["startup_time"], profile.model_id) != self._started:
-            await self._probe(profile.model_id)
-        self._started = (server["startup_time"], profile.model_id)
-        return profile
 
     async def _get(self, path: str) -> Any:
         return orjson.loads((await self._client.get(path)).raise_for_status().content)
@@ -138,6 +143,14 @@ class Engine:
         lenvm = orjson.loads(response.raise_for_status().content)["choices"][0].get("lenvm")
         if not isinstance(lenvm, dict) or not lenvm.get("values"):
             raise ValueError("it sends no length values: does it run with the LenVM plugin and a head?")
+
+    async def _render(self, chat: Mapping[str, Any]) -> object:
+        """The token ids that a chat becomes; None where the engine refuses it. One token is generated, and dropped."""
+        body = {**chat, "max_completion_tokens": 1, "return_prompt_token_ids": True}
+        response = await self._client.post(CHAT_PATH, content=orjson.dumps(body), headers=_JSON)
+        if response.status_code == 400:
+            return None
+        return orjson.loads(response.raise_for_status().content)["choices"][0]["prompt_token_ids"]
 
     @contextmanager
     def _faults(self) -> Iterator[None]:

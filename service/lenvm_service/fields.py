@@ -13,6 +13,7 @@ from typing import Any
 
 from .errors import InvalidField, UnknownField, UnsupportedField
 
+_IGNORED = "the engine would ignore it"
 Check = Callable[[str, Any], None]
 
 MAX_TOKENS = 10_000_000
@@ -26,6 +27,7 @@ MAX_GRAMMAR_CHARS = 65_536
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MESSAGE_FIELDS = ("role", "content", "name", "tool_call_id", "tool_calls", "reasoning_content")
 TEMPLATE_SWITCHES = ("enable_thinking", "thinking")
+STREAM_OPTIONS = ("include_usage", "continuous_usage_stats")
 
 
 def boolean(field: str, value: Any) -> None:
@@ -117,7 +119,7 @@ def logit_bias(field: str, value: Any) -> None:
 def stream_options(field: str, value: Any) -> None:
     """``include_usage`` and SGLang's ``continuous_usage_stats``."""
     mapping(field, value)
-    _only(field, value, "include_usage", "continuous_usage_stats")
+    _only(field, value, *STREAM_OPTIONS)
     for key, one in value.items():
         if one is not None:
             boolean(f"{field}.{key}", one)
@@ -145,8 +147,16 @@ def response_format(field: str, value: Any) -> None:
         schema = value.get("json_schema")
         if not isinstance(schema, dict) or not isinstance(schema.get("schema"), dict):
             raise InvalidField(f"{field}.json_schema.schema", "must be an object")
-        text(f"{field}.json_schema.name", schema.get("name"))
-        _only(f"{field}.json_schema", schema, "name", "description", "schema", "strict")
+        _json_schema(f"{field}.json_schema", schema)
+
+
+def _json_schema(field: str, value: Mapping[str, Any]) -> None:
+    text(f"{field}.name", value.get("name"))
+    if value.get("description") is not None:
+        raise UnsupportedField(f"{field}.description", _IGNORED)
+    if value.get("strict") not in (None, True):
+        raise UnsupportedField(f"{field}.strict", "must be true: the engine always keeps to the schema")
+    _only(field, value, "name", "description", "schema", "strict")
 
 
 def tools(field: str, value: Any) -> None:
@@ -161,6 +171,8 @@ def tools(field: str, value: Any) -> None:
         _only(here, tool, "type", "function")
         text(f"{here}.function.name", tool["function"].get("name"))
         _only(f"{here}.function", tool["function"], "name", "description", "parameters", "strict")
+        if tool["function"].get("strict") is not None:
+            boolean(f"{here}.function.strict", tool["function"]["strict"])
         if tool["function"]["name"] in names:
             raise InvalidField(f"{here}.function.name", "is used twice")
         names.add(tool["function"]["name"])
@@ -219,6 +231,8 @@ def _part(here: str, part: Any) -> None:
             raise InvalidField(f"{here}.image_url.url", "must be a string")
         _only(here, part, "type", "image_url")
         _only(f"{here}.image_url", part["image_url"], "url", "detail")
+        if part["image_url"].get("detail") not in (None, "auto"):
+            raise UnsupportedField(f"{here}.image_url.detail", f"must be auto: {_IGNORED}")
     else:
         raise UnsupportedField(f"{here}.type", "must be text or image_url")
 
@@ -309,7 +323,6 @@ VALUES: Mapping[str, Check] = {
     "user": text,
 }
 
-_IGNORED = "the engine would ignore it"
 _INTERNAL = "is not open to clients"
 
 REFUSED: Mapping[str, str] = {

@@ -10,6 +10,7 @@ import orjson
 
 from lenvm_runtime.length_control import LengthControl, LengthControlError, build_custom_params
 
+from .chat_template import unread_parts
 from .config import GatewayConfig
 from .errors import InvalidField, MalformedBody, ModelNotFound, UnsupportedField
 from .fields import CHAT, COMPLETION, PREDICTION, Check, check_fields
@@ -18,17 +19,27 @@ CHAT_PATH = "/v1/chat/completions"
 COMPLETION_PATH = "/v1/completions"
 MAX_DEPTH = 64
 DEFAULT_COMPLETION_TOKENS = 16  # of /v1/completions, OpenAI's and SGLang's
+STRICT_PARSERS = frozenset(
+    "apertus2509 deepseekv3 deepseekv31 deepseekv32 deepseekv4 glm47 gpt-oss hermes inkling interns1 kimi_k2 kimi_k3 "
+    "llama3 mistral qwen qwen25 qwen3_coder step3p5 trinity".split()
+)
+"""SGLang's tool-call parsers that hold a ``strict`` tool to its schema without a forced call."""
 _DROPPED = ("user", "max_length_hint", "length_control", "length_values")  # never sent to the engine
 
 
 @dataclass(frozen=True, slots=True)
 class EngineProfile:
-    """What the running engine serves and can do. ``models`` are OpenAI model cards, the first is the base model."""
+    """What the running engine serves and can do.
+
+    ``models``: OpenAI model cards, the first is the base model's. ``tool_call_parser``: empty without one.
+    ``read_parts``: what the chat template reads, see `chat_template`.
+    """
 
     models: tuple[Mapping[str, Any], ...]
     seeds: bool
-    tool_calls: bool
+    tool_call_parser: str
     images: bool
+    read_parts: frozenset[str]
 
     @property
     def model_id(self) -> str:
@@ -99,18 +110,37 @@ def read_prediction(raw: bytes) -> Generation:
 
 
 def check_profile(generation: Generation, profile: EngineProfile, config: GatewayConfig) -> None:
-    """What only the running engine can tell: its model's name, seeds, tool calls, images."""
+    """What only the running engine can tell: its model's name and template, seeds, tool calls, images."""
     body = generation.body
     check_model(body["model"], profile, config)
-    if "seed" in body and not profile.seeds:
-        raise UnsupportedField("seed", "the engine honours it only when started with --enable-deterministic-inference")
-    if "tools" in body and body.get("tool_choice") != "none" and not profile.tool_calls:
-        raise UnsupportedField("tools", "the engine parses tool calls only when started with --tool-call-parser")
+    for field in unread_parts(body, profile.read_parts):
+        raise UnsupportedField(field, f"the chat template of model '{profile.model_id}' does not read it")
+    _check_seeds(body, profile)
+    if "tools" in body and body.get("tool_choice") != "none":
+        _check_tool_parser(body, profile)
     for field, url in _image_urls(body.get("messages", [])):
         if not profile.images:
             raise UnsupportedField(field, f"model '{profile.model_id}' takes no images")
         if not url.startswith("data:") and not (config.allow_remote_media and url.startswith(("http://", "https://"))):
             raise UnsupportedField(field, "must be a data: URL")
+
+
+def _check_seeds(body: Mapping[str, Any], profile: EngineProfile) -> None:
+    if "seed" in body and not profile.seeds:
+        raise UnsupportedField("seed", "the engine honours it only when started with --enable-deterministic-inference")
+    if body.get("min_p") and profile.seeds:
+        raise UnsupportedField("min_p", "the engine cannot combine it with --enable-deterministic-inference")
+
+
+def _check_tool_parser(body: Mapping[str, Any], profile: EngineProfile) -> None:
+    if not profile.tool_call_parser:
+        raise UnsupportedField("tools", "the engine parses tool calls only when started with --tool-call-parser")
+    if _forces_tool(body) or profile.tool_call_parser in STRICT_PARSERS:
+        return
+    for index, tool in enumerate(body["tools"]):
+        if tool["function"].get("strict"):
+            reason = f"true is honoured only where tool_choice forces a call (parser '{profile.tool_call_parser}')"
+            raise UnsupportedField(f"tools[{index}].function.strict", reason)
 
 
 def check_model(model: str, profile: EngineProfile, config: GatewayConfig) -> None:

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
+from engine_load import wait_until_idle
 from lenvm_runtime.serve import Stack
 
 pytestmark = pytest.mark.e2e
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 ESSAY = [{"role": "user", "content": "Write a long essay about rivers."}]
-
-
-def engine_is_idle(stack: Stack) -> bool:
-    """No running request and no KV slot in use but the prefix cache's."""
-    info = httpx.get(f"{stack.engine_url}/get_server_info", timeout=30).json()
-    load = httpx.get(f"{stack.engine_url}/get_load", timeout=30).json()
-    assert info
-    return all(rank["num_reqs"] == 0 for rank in load)
 
 
 def test_completion_is_not_streamed(client: openai.OpenAI, model_name: str) -> None:
@@ -119,32 +111,6 @@ def test_json_schema(client: openai.OpenAI, model_name: str) -> None:
         assert set(json.loads(answer.choices[0].message.content)) == {"city"}
 
 
-def test_tools(client: openai.OpenAI, model_name: str) -> None:
-    """The forced call begins as SGLang's grammar demands; what a model of this size adds to it is its own."""
-    tool = {
-        "type": "function",
-        "function": {
-            "name": "get_weather",
-            "description": "The weather of a city",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-        },
-    }
-    for choice in ("auto", "required"):
-        answer = client.chat.completions.create(
-            model=model_name,
-            messages=[{"role": "user", "content": "What is the weather in Paris?"}],
-            tools=[tool],
-            tool_choice=choice,
-            temperature=0,
-            max_completion_tokens=24,
-        )
-        message = answer.choices[0].message
-        assert message.content or message.tool_calls
-        if choice == "required":
-            called = message.tool_calls[0].function.name if message.tool_calls else message.content
-            assert "get_weather" in called
-
-
 def test_completions_endpoint(client: openai.OpenAI, model_name: str) -> None:
     answer = client.completions.create(model=model_name, prompt="The capital of France is", max_tokens=8, temperature=0)
     assert "Paris" in answer.choices[0].text
@@ -215,10 +181,14 @@ async def test_cancelled_stream_frees_the_engine(
         if received == 5:
             break
     await stream.close()
-    deadline = time.monotonic() + 20
-    while not engine_is_idle(stack):
-        assert time.monotonic() < deadline, "the engine still runs the cancelled request"
-        await asyncio.sleep(0.2)
+    wait_until_idle(stack.engine_url)
+
+
+def test_a_client_that_leaves_before_its_answer_frees_the_engine(stack: Stack, model_name: str) -> None:
+    body = {"model": model_name, "messages": ESSAY, "ignore_eos": True, "max_completion_tokens": 4000}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{stack.gateway_url}/v1/chat/completions", json=body, timeout=2)
+    wait_until_idle(stack.engine_url)
 
 
 async def test_32_mixed_requests(stack: Stack, async_client: openai.AsyncOpenAI, model_name: str) -> None:
@@ -256,7 +226,7 @@ async def test_32_mixed_requests(stack: Stack, async_client: openai.AsyncOpenAI,
             assert len(lenvm["values"]) == answer.usage.completion_tokens
 
     await asyncio.gather(*(ask(index) for index in range(32)))
-    assert engine_is_idle(stack)
+    wait_until_idle(stack.engine_url)
 
 
 def test_page_and_metrics_are_served(stack: Stack) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import httpx
@@ -43,3 +44,16 @@ def test_greedy_answer_is_that_of_plain_transformers(stack: Stack, reference_mod
         logits = model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1].float()
     chosen = logits.gather(1, torch.tensor(output)[:, None]).squeeze(1)
     assert (logits.max(dim=1).values - chosen).max() < 0.25  # 2 ulp of bf16 at a logit of 16 to 32
+
+
+def test_grammars_read_the_vocabulary_as_text(reference_model: tuple[Any, Any]) -> None:
+    """A space, a line break and other scripts are what they are in a grammar, not the letters they are stored as."""
+    from llguidance import LLMatcher, grammar_from
+    from llguidance.hf import from_tokenizer
+
+    _, tokenizer = reference_model
+    vocabulary = from_tokenizer(tokenizer)
+    for text in ("hello 123", "one\ntwo", "naïve 日本", '{"a": [1, 2]}'):
+        matcher = LLMatcher(vocabulary, grammar_from("regex", re.escape(text)))
+        assert all(matcher.consume_token(token) for token in tokenizer.encode(text)), text
+        assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -32,7 +32,9 @@ def test_values_ride_on_the_next_chunk_of_their_choice() -> None:
     assert response.take(1, finishing=False)["values"] == [-0.25]
 
 
-@pytest.mark.parametrize(("reason", "ended"), [("stop", "natural"), ("length", "cap"), ("abort", "abort")])
+@pytest.mark.parametrize(
+    ("reason", "ended"), [("stop", "natural"), ("tool_calls", "natural"), ("length", "cap"), ("abort", "abort")]
+)
 def test_the_end_is_told_once_with_the_control_applied(reason: str, ended: str) -> None:
     control = LengthControl("equal", target=12)
     response = builder(control)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from lenvm_runtime import default_model
 from lenvm_runtime.cli import main
 from lenvm_runtime.launch_engine import engine_arguments
 from lenvm_runtime.serve import ServeConfig, StartError, running_stack
+from tiny_lenvm import save_model
 
 
 @pytest.mark.parametrize(
@@ -21,6 +24,9 @@ from lenvm_runtime.serve import ServeConfig, StartError, running_stack
         ["serve", "--port", "0"],
         ["serve", "--port", "many"],
         ["serve", "--lenvm", "/no/such/folder"],
+        ["serve", "--lenvm", "none"],
+        ["serve", "--", "--enable-custom-logit-processor"],
+        ["serve", "--", "--enable-custom-logit"],
         ["serve", "--no-such-flag"],
         ["no-such-command"],
     ],
@@ -34,12 +40,19 @@ def test_bad_arguments_are_one_line_and_exit_status_2(arguments: list[str], caps
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-def test_a_taken_port_is_reported_before_anything_starts() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
+@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]"), ("localhost", "localhost")])
+def test_a_taken_port_is_reported_before_anything_starts(host: str, shown: str) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as taken:
+        try:
+            taken.bind((host, 0))
+        except OSError:
+            pytest.skip("no such address here")
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(StartError, match=str(port)), running_stack(ServeConfig("127.0.0.1", port, None, None)):
+        with (
+            pytest.raises(StartError, match=re.escape(f"{shown}:{port}: Address already in use")),
+            running_stack(ServeConfig(host, port, None, None)),
+        ):
             pass
 
 
@@ -80,15 +93,45 @@ def test_a_changed_model_file_is_refused(tmp_path: Path) -> None:
         default_model._verify_checksum(changed)
 
 
-def test_a_failing_plugin_ends_the_engine_with_a_clear_message() -> None:
-    command = [sys.executable, "-m", "lenvm_runtime.launch_engine", "--model-path", "x"]
-    result = subprocess.run(
-        command,
-        env={"LENVM_HEAD": "/no/such/head", "PATH": "/usr/bin:/bin"},
+def launch_engine(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lenvm_runtime.launch_engine", *arguments],
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": os.environ.get("PYTHONPATH", ""), **environment},
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+def test_an_engine_without_the_plugin_does_not_start() -> None:
+    result = launch_engine("--model-path", "x", SGLANG_PLUGINS="other")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == (
+        "lenvm: SGLang did not load the plugin 'lenvm' (SGLANG_PLUGINS='other', SGLANG_PLATFORM='')"
+    )
+
+
+def test_without_the_plugin_on_purpose() -> None:
+    """The start goes on, to the model that is not there."""
+    arguments = ("--model-path", "/no/such/model", "--attention-backend", "torch_native")
+    result = launch_engine(*arguments, SGLANG_PLUGINS="lenvm_cpu", LENVM_WITHOUT_PLUGIN="1")
+    assert result.returncode != 0
+    assert "did not load the plugin" not in result.stderr
+    assert "/no/such/model" in result.stderr
+
+
+@pytest.mark.parametrize("flag", ["--enable-custom-logit-processor", "--enable-custom-logit"])
+def test_an_engine_that_would_unpickle_does_not_start(flag: str, tmp_path: Path) -> None:
+    save_model(tmp_path, "llama")
+    result = launch_engine("--model-path", str(tmp_path), flag)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == (
+        "lenvm: --enable-custom-logit-processor: refused, the engine would unpickle bytes that clients send"
+    )
+
+
+def test_a_failing_plugin_ends_the_engine_with_a_clear_message() -> None:
+    result = launch_engine("--model-path", "x", LENVM_HEAD="/no/such/head")
     assert result.returncode != 0
     assert "lenvm: the SGLang plugin cannot start" in result.stderr
     assert "/no/such/head: no such folder" in result.stderr

@@ -109,6 +109,9 @@ class FakeEngine(httpx.AsyncBaseTransport):
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.num_probes = 0
+        self.num_rendered = 0
+        self.read_parts = {"chat_template_kwargs.enable_thinking", "user.name"}
+        self.refused_roles: set[str] = set()
         self.script: Script | None = None
 
     def play(self, *steps: Step) -> None:
@@ -127,6 +130,8 @@ class FakeEngine(httpx.AsyncBaseTransport):
         if request.method == "GET":
             return self._describe(path)
         body = orjson.loads(await request.aread())
+        if body.get("return_prompt_token_ids"):
+            return self._render(body)
         if body.get("prompt") == "Hi" and body.get("max_tokens") == 1:
             self.num_probes += 1
             described = completion() if self.has_plugin else {"choices": [{"index": 0, "text": "!"}]}
@@ -134,6 +139,20 @@ class FakeEngine(httpx.AsyncBaseTransport):
         self.bodies.append(body)
         self.paths.append(path)
         return self.answer(body)
+
+    def _render(self, chat: dict[str, Any]) -> httpx.Response:
+        """A prompt of what the template reads: these parts, and every message's role and content."""
+        self.num_rendered += 1
+        prompt: list[Any] = []
+        for name, value in chat.get("chat_template_kwargs", {}).items():
+            prompt += [value] if f"chat_template_kwargs.{name}" in self.read_parts else []
+        for message in chat["messages"]:
+            if message["role"] in self.refused_roles:
+                return json_response({"error": {"message": "no such role"}}, 400)
+            prompt += [message["role"], message["content"]]
+            prompt += [message.get("name")] if f"{message['role']}.name" in self.read_parts else []
+            prompt += [message.get("reasoning_content")] if "reasoning_content" in self.read_parts else []
+        return json_response({"choices": [{"prompt_token_ids": prompt}]})
 
     def _describe(self, path: str) -> httpx.Response:
         cards = [{"id": MODEL, "object": "model", "created": 1, "owned_by": "sglang", "max_model_len": 2048}]

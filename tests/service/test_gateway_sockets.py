@@ -5,13 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
 
+import httpx
 import openai
 import orjson
 import pytest
 import uvicorn
 
-from fake_engine import DONE, ERROR_EVENT, MODEL, PREDICTION, FakeEngine, answer_events, chunk, completion, usage
+from fake_engine import (
+    DONE,
+    ERROR_EVENT,
+    MODEL,
+    PREDICTION,
+    FakeEngine,
+    answer_events,
+    chunk,
+    completion,
+    json_response,
+    usage,
+)
 from lenvm_service.app import build_app
 from lenvm_service.config import GatewayConfig
 
@@ -44,8 +57,13 @@ class RawEngine:
         writer.close()
 
     async def _answer(self, path: str, body: bytes, writer: asyncio.StreamWriter) -> None:
-        content = orjson.dumps(completion()) if body else await self.described._describe(path).aread()
+        content = await self._describe(path, orjson.loads(body) if body else None).aread()
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(content) + content)
+
+    def _describe(self, path: str, body: dict[str, Any] | None) -> httpx.Response:
+        if body is None:
+            return self.described._describe(path)
+        return self.described._render(body) if "return_prompt_token_ids" in body else json_response(completion())
 
     async def stream_until_lost(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(STREAM_HEAD + frame(chunk("a", values=[-0.5])))

@@ -18,6 +18,12 @@ from lenvm_service.fields import CHAT, COMPLETION, PREDICTION, REFUSED, check_fi
 TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object"}}}
 EQUAL = {"mode": "equal", "target": 100}
+
+
+def with_schema(**fields):
+    return {"type": "json_schema", "json_schema": {**SCHEMA["json_schema"], **fields}}
+
+
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 
 BAD_FIELDS = [
@@ -77,12 +83,16 @@ BAD_FIELDS = [
     ("response_format.schema", {"response_format": {"type": "json_object", "schema": {}}}),
     ("response_format.json_schema.schema", {"response_format": {"type": "json_schema"}}),
     ("response_format.json_schema.name", {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}),
+    ("response_format.json_schema.strict", {"response_format": with_schema(strict=False)}),  # the schema always holds
+    ("response_format.json_schema.strict", {"response_format": with_schema(strict="yes")}),
+    ("response_format.json_schema.description", {"response_format": with_schema(description="x")}),
     ("response_format", {"response_format": SCHEMA, "tools": [TOOL], "tool_choice": "required"}),
     ("tools", {"tools": []}),
     ("tools[0]", {"tools": [{"type": "retrieval"}]}),
     ("tools[0].function.name", {"tools": [{"type": "function", "function": {}}]}),
     ("tools[1].function.name", {"tools": [TOOL, TOOL]}),
     ("tools", {"tools": [TOOL]}),  # the engine would not parse the call
+    ("tools[0].function.strict", {"tools": [{**TOOL, "function": {**TOOL["function"], "strict": "yes"}}]}),
     ("tool_choice", {"tool_choice": "auto"}),
     ("tool_choice", {"tools": [TOOL], "tool_choice": "always"}),
     ("tool_choice", {"tools": [TOOL], "tool_choice": {"name": "look_up"}}),
@@ -92,6 +102,7 @@ BAD_FIELDS = [
     ("chat_template_kwargs", {"chat_template_kwargs": "x"}),
     ("chat_template_kwargs.chat_template", {"chat_template_kwargs": {"chat_template": "{% for i in range(9) %}"}}),
     ("chat_template_kwargs.enable_thinking", {"chat_template_kwargs": {"enable_thinking": "no"}}),
+    ("chat_template_kwargs.thinking", {"chat_template_kwargs": {"thinking": True}}),  # the template does not read it
     ("model", {"model": 3}),
     ("model", {"model": None}),
     ("messages", {"messages": None}),
@@ -103,12 +114,18 @@ BAD_FIELDS = [
     ("messages[0].content", {"messages": [{"role": "user"}]}),
     ("messages[0].content", {"messages": [{"role": "assistant"}]}),
     ("messages[0].content", {"messages": [{"role": "user", "content": 3}]}),
+    ("messages[0].name", {"messages": [{"role": "system", "content": "x", "name": "n"}]}),
+    ("messages[0].reasoning_content", {"messages": [{"role": "user", "content": "x", "reasoning_content": "r"}]}),
     ("messages[0].tools", {"messages": [{"role": "system", "content": "x", "tools": [TOOL]}]}),
     ("messages[0].content[0]", {"messages": [{"role": "user", "content": ["x"]}]}),
     ("messages[0].content[0].text", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
     ("messages[0].content[0].type", {"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}),
     ("messages[0].content[0].image_url.url", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
     ("messages[0].content[0].image_url.url", {"messages": [{"role": "user", "content": [IMAGE]}]}),
+    (
+        "messages[0].content[0].image_url.detail",
+        {"messages": [{"role": "user", "content": [{**IMAGE, "image_url": {**IMAGE["image_url"], "detail": "low"}}]}]},
+    ),
     ("max_length_hint", {"max_length_hint": 0}),
     ("max_length_hint", {"max_length_hint": "200"}),
     ("max_length_hint", {"max_length_hint": True}),
@@ -189,6 +206,8 @@ async def test_bad_completion_field_is_400_naming_it(engine, gateway, field, fie
         {"max_completion_tokens": 7, "max_tokens": 7, "min_tokens": 7, "presence_penalty": -2, "frequency_penalty": 2},
         {"logit_bias": {"0": -100, "49151": 100.0}, "repetition_penalty": 2, "logprobs": True, "top_logprobs": 20},
         {"response_format": SCHEMA},
+        {"response_format": with_schema(strict=True)},
+        {"messages": [{"role": "user", "content": "x", "name": "Ann"}]},
         {"response_format": {"type": "text"}, "regex": "a+"},
         {"stream": False, "ignore_eos": True, "min_tokens": 3},
         {"chat_template_kwargs": {"enable_thinking": False}},
@@ -303,6 +322,62 @@ async def test_what_the_engine_can_do_is_allowed(engine: FakeEngine, gateway):
     fields = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False, "seed": 3}
     fields["messages"] = [{"role": "user", "content": [IMAGE]}]
     assert (await gateway.chat(**fields)).status_code == 200
+
+
+async def test_min_p_is_refused_where_seeds_are_kept(engine: FakeEngine, gateway):
+    """SGLang's scheduler would stop at an assertion."""
+    assert (await gateway.chat(min_p=0.1)).status_code == 200
+    engine.server_info.update(enable_deterministic_inference=True)
+    seeded = GatewayClient(engine)
+    assert (await seeded.chat(min_p=0.1)).json()["error"]["param"] == "min_p"
+    assert (await seeded.chat(min_p=0, seed=1)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("parser", "choice", "accepted"),
+    [("pythonic", "auto", False), ("pythonic", "required", True), ("qwen25", "auto", True), ("pythonic", "none", True)],
+)
+async def test_strict_tools_need_a_parser_or_a_forced_call(engine: FakeEngine, gateway, parser, choice, accepted):
+    engine.server_info["tool_call_parser"] = parser
+    strict = {**TOOL, "function": {**TOOL["function"], "strict": True}}
+    response = await gateway.chat(tools=[strict], tool_choice=choice)
+    assert response.status_code == (200 if accepted else 400)
+    if not accepted:
+        assert response.json()["error"]["param"] == "tools[0].function.strict"
+
+
+PARTS = {
+    "chat_template_kwargs.thinking": {"chat_template_kwargs": {"thinking": False}},
+    "user.name": {"messages": [{"role": "user", "content": "x", "name": "n"}]},
+    "tool.name": {"messages": [{"role": "tool", "content": "x", "name": "n"}]},
+    "reasoning_content": {"messages": [{"role": "assistant", "content": "x", "reasoning_content": "r"}]},
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+async def test_what_the_chat_template_reads_is_taken(engine: FakeEngine, part):
+    for read, status in (set(), 400), ({part}, 200):
+        engine.read_parts = read
+        assert (await GatewayClient(engine).chat(**PARTS[part])).status_code == status
+
+
+async def test_the_template_is_asked_once_an_engine(engine: FakeEngine, gateway):
+    await gateway.chat()
+    asked = engine.num_rendered
+    assert asked > 0
+    await gateway.http.get("/ready")
+    await gateway.chat()
+    assert engine.num_rendered == asked
+    engine.server_info["startup_time"] = 2.0
+    await gateway.http.get("/ready")
+    assert engine.num_rendered == 2 * asked
+
+
+async def test_a_template_without_a_role_reads_nothing_of_it(engine: FakeEngine, gateway):
+    engine.refused_roles = {"tool", "developer"}
+    engine.read_parts = {"tool.name", "user.name"}
+    assert (await gateway.chat(**PARTS["user.name"])).status_code == 200
+    assert (await gateway.chat(**PARTS["tool.name"])).status_code == 400
 
 
 @pytest.mark.parametrize("url", ["/etc/passwd.png", "file:///etc/passwd", "AAAA", "http://10.0.0.1/x.png"])
