@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ torchvision_schema.declare_if_missing()
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from lenvm_training.evaluation import evaluate_head  # noqa: E402
-from lenvm_training.features import extract_states  # noqa: E402
+from lenvm_training.features import StateTable, extract_states  # noqa: E402
 from lenvm_training.model_card import write_model_card  # noqa: E402
 from lenvm_training.trainer import TrainSettings, length_nll, train_head  # noqa: E402
 
@@ -83,11 +86,64 @@ def test_states_are_those_of_a_plain_forward(model: Any, tmp_path: Path) -> None
         assert prefix.shape[1] == prompt_len + position
 
 
-def test_states_are_reused_from_their_shards(model: Any, tmp_path: Path) -> None:
+@contextmanager
+def counted_rows(model: Any) -> Iterator[list[int]]:
+    """How many completions each forward runs."""
+    counts: list[int] = []
+    hook = model.base_model.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0])))
+    yield counts
+    hook.remove()
+
+
+def assert_same(states: StateTable, expected: StateTable) -> None:
+    for name, tensor in vars(expected).items():
+        torch.testing.assert_close(getattr(states, name), tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_states_that_are_there_are_not_computed_again(model: Any, tmp_path: Path) -> None:
     rows = rollouts(4, 1)
     first = extract_states(model, rows, LAYERS, 6, tmp_path)
-    again = extract_states(None, rows, LAYERS, 6, tmp_path)
-    assert torch.equal(first.final, again.final)
+    with counted_rows(model) as counts:
+        assert_same(extract_states(model, rows, LAYERS, 6, tmp_path), first)
+    assert counts == []
+
+
+def test_only_the_rows_that_are_missing_are_computed(model: Any, tmp_path: Path) -> None:
+    rows = rollouts(8, 1)
+    few = rows[25:3:-1]
+    with counted_rows(model) as counts:
+        for part in (few, rows, few):
+            assert_same(
+                extract_states(model, part, LAYERS, 6, tmp_path / "shared"),
+                extract_states(model, part, LAYERS, 6, tmp_path / f"own-{len(part)}"),
+            )
+    shared, own = len(rows), len(few) + len(rows)
+    assert sum(counts) == shared + own
+
+
+@pytest.mark.parametrize("change", ["layers", "count", "seed", "weights", "config", "tokens", "finish_reason"])
+def test_states_of_something_else_are_never_reused(model: Any, tmp_path: Path, change: str) -> None:
+    rows = rollouts(4, 1)
+    extract_states(model, rows, LAYERS, 6, tmp_path / "shared")
+    other, layers, count, seed = copy.deepcopy(model), LAYERS, 6, 0
+    if change == "layers":
+        layers = (1,)
+    elif change == "count":
+        count = 7
+    elif change == "seed":
+        seed = 1
+    elif change == "weights":
+        other.model.layers[1].mlp.down_proj.weight.data *= 1.1
+    elif change == "config":
+        other.config.rms_norm_eps = other.model.norm.variance_epsilon = 0.1
+    elif change == "tokens":
+        rows = [row | {"output_token_ids": [3, *row["output_token_ids"][1:]]} for row in rows]
+    else:
+        rows = [row | {"finish_reason": "length"} for row in rows]
+    assert_same(
+        extract_states(other, rows, layers, count, tmp_path / "shared", seed),
+        extract_states(other, rows, layers, count, tmp_path / "own", seed),
+    )
 
 
 def test_training_learns_and_the_folder_round_trips(model: Any, tmp_path: Path) -> None:

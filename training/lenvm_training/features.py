@@ -4,17 +4,24 @@ Of each completion up to ``states_per_rollout`` positions are kept, the prompt b
 with L the completion's length (the end token counts), t a kept position and ``remaining`` = L - t,
 the state's features, the token that was drawn from it and what is left. Completions cut by the token
 limit are marked ``censored``: their ``remaining`` is only a lower bound.
+
+A shard is named by the fingerprint of what its states depend on and lists the fingerprints of its completions.
+Runs of other models, layers and selections of rows can share a folder: each completion is run once for each
+model and setting. Shards that nothing asks for any more stay until they are deleted.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -23,6 +30,11 @@ from lenvm_training.rollouts import FINISHED, TRUNCATED
 
 SHARD_ROLLOUTS = 256
 MAX_BATCH_TOKENS = 8192
+WEIGHT_SAMPLES = 1024
+ROWS_KEY = "rows"
+
+Row = tuple[str, dict[str, Any]]
+"""Fingerprint and row of a completion."""
 
 
 @dataclass(frozen=True)
@@ -50,43 +62,91 @@ def extract_states(
     folder: Path,
     seed: int = 0,
 ) -> StateTable:
-    """Compute the states of ``rollouts`` (rows of a rollout file), reusing the shards in ``folder``.
+    """The states of ``rollouts`` (rows of a rollout file) in their order, computed where ``folder`` has none.
 
-    ``layers`` are 0-based decoder layers whose outputs are captured. Aborted completions are left out.
+    ``layers`` are 0-based decoder layers whose outputs are captured. Aborted completions are left out; a
+    completion that is there twice counts once.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    usable = [
-        (index, row)
+    wanted = {
+        _row_fingerprint(row): index
         for index, row in enumerate(rollouts)
         if row["finish_reason"] in (FINISHED, TRUNCATED) and row["output_token_ids"]
-    ]
-    shards = [usable[start : start + SHARD_ROLLOUTS] for start in range(0, len(usable), SHARD_ROLLOUTS)]
-    parts = []
-    for number, shard in enumerate(tqdm(shards, desc="states", unit="shard")):
-        path = folder / f"{number:05d}-{len(shard)}.safetensors"
-        if not path.exists():
-            states = _concat(list(_shard_states(model, shard, layers, states_per_rollout, seed)))
-            partial = path.with_suffix(".partial")
-            save_file(vars(states), partial)
-            os.replace(partial, path)
-        parts.append(StateTable(**load_file(path)))
-    return _concat(parts)
+    }
+    fingerprint = _states_fingerprint(model, layers, states_per_rollout, seed)
+    stored = {key for path in _shard_paths(folder, fingerprint) for key in _stored_rows(path)}
+    missing = [(key, rollouts[index]) for key, index in wanted.items() if key not in stored]
+    for start in tqdm(range(0, len(missing), SHARD_ROLLOUTS), desc="states", unit="shard"):
+        shard = missing[start : start + SHARD_ROLLOUTS]
+        states = _concat(list(_shard_states(model, shard, layers, states_per_rollout, seed)))
+        _write_shard(folder, fingerprint, states, [key for key, _ in shard])
+    return _load_states(_shard_paths(folder, fingerprint), wanted)
+
+
+def _states_fingerprint(model: Any, layers: Sequence[int], count: int, seed: int) -> str:
+    """Of what decides the states of every completion; of each weight a sample is read."""
+    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    settings = [config, list(layers), count, seed]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, weight in model.state_dict().items():
+        sample = weight.flatten()[:: max(1, weight.numel() // WEIGHT_SAMPLES)]
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(sample.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _row_fingerprint(row: dict[str, Any]) -> str:
+    names = ("prompt_id", "sample", "prompt_token_ids", "output_token_ids", "finish_reason")
+    return hashlib.sha256(json.dumps([row[name] for name in names]).encode()).hexdigest()[:16]
+
+
+def _shard_paths(folder: Path, fingerprint: str) -> list[Path]:
+    return sorted(folder.glob(f"{fingerprint}-*.safetensors"))
+
+
+def _stored_rows(path: Path) -> list[str]:
+    with safe_open(path, "pt") as shard:
+        rows: list[str] = json.loads(shard.metadata()[ROWS_KEY])
+    return rows
+
+
+def _write_shard(folder: Path, fingerprint: str, states: StateTable, rows: Sequence[str]) -> None:
+    """``states.rollout`` are positions in ``rows``."""
+    name = hashlib.sha256("".join(rows).encode()).hexdigest()[:16]
+    path = folder / f"{fingerprint}-{name}.safetensors"
+    partial = path.with_suffix(".partial")
+    save_file(vars(states), partial, {ROWS_KEY: json.dumps(rows)})
+    os.replace(partial, path)
+
+
+def _load_states(paths: Sequence[Path], wanted: Mapping[str, int]) -> StateTable:
+    left, parts = dict(wanted), []
+    for path in paths:
+        indices = torch.tensor([left.pop(key, -1) for key in _stored_rows(path)])
+        shard = StateTable(**load_file(path))
+        rollout = indices[shard.rollout]
+        parts.append(replace(shard, rollout=rollout).select(rollout >= 0))
+    states = _concat(parts)
+    return states.select(states.rollout.argsort(stable=True))
 
 
 def _shard_states(
-    model: Any, shard: Sequence[tuple[int, dict[str, Any]]], layers: Sequence[int], count: int, seed: int
+    model: Any, shard: Sequence[Row], layers: Sequence[int], count: int, seed: int
 ) -> Iterator[StateTable]:
-    ordered = sorted(shard, key=lambda item: len(item[1]["prompt_token_ids"]) + len(item[1]["output_token_ids"]))
-    for batch in _batches(ordered):
+    numbered = sorted(enumerate(shard), key=lambda item: _num_tokens(item[1]))
+    for batch in _batches(numbered):
         yield from _batch_states(model, batch, layers, count, seed)
 
 
-def _batches(rows: Sequence[tuple[int, dict[str, Any]]]) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+def _num_tokens(row: Row) -> int:
+    return len(row[1]["prompt_token_ids"]) + len(row[1]["output_token_ids"])
+
+
+def _batches(rows: Sequence[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
     """Consecutive rows (by rising length) of at most MAX_BATCH_TOKENS padded tokens."""
-    batch: list[tuple[int, dict[str, Any]]] = []
+    batch: list[tuple[int, Row]] = []
     for item in rows:
-        length = len(item[1]["prompt_token_ids"]) + len(item[1]["output_token_ids"])
-        if batch and (len(batch) + 1) * length > MAX_BATCH_TOKENS:
+        if batch and (len(batch) + 1) * _num_tokens(item[1]) > MAX_BATCH_TOKENS:
             yield batch
             batch = []
         batch.append(item)
@@ -96,17 +156,17 @@ def _batches(rows: Sequence[tuple[int, dict[str, Any]]]) -> Iterator[list[tuple[
 
 @torch.inference_mode()
 def _batch_states(
-    model: Any, batch: Sequence[tuple[int, dict[str, Any]]], layers: Sequence[int], count: int, seed: int
+    model: Any, batch: Sequence[tuple[int, Row]], layers: Sequence[int], count: int, seed: int
 ) -> Iterator[StateTable]:
-    sequences = [torch.tensor(row["prompt_token_ids"] + row["output_token_ids"]) for _, row in batch]
+    sequences = [torch.tensor(row["prompt_token_ids"] + row["output_token_ids"]) for _, (_, row) in batch]
     # Right padding: under causal attention no real position sees it.
     padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     with capture_layers(model, layers) as captured:
         final = model.base_model(padded.to(model.device), use_cache=False).last_hidden_state.cpu()  # [B, T, d]
     middle = [captured[layer].cpu() for layer in layers]
-    for i, (index, row) in enumerate(batch):
+    for i, (index, (key, row)) in enumerate(batch):
         prompt_len, length = len(row["prompt_token_ids"]), len(row["output_token_ids"])
-        kept = _kept_positions(length, count, seed + index)
+        kept = _kept_positions(length, count, seed + int(key[:8], 16))
         rows = kept + prompt_len - 1
         yield StateTable(
             final=final[i, rows].clone(),
