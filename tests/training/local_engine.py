@@ -1,12 +1,13 @@
-"""A local stand-in of the engine's ``/generate``: answers whose length the prompt's first word decides."""
+"""Local stand-ins of the engine's ``/generate``: answers whose length the prompt's first word decides, or the test."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -41,3 +42,25 @@ def local_engine() -> Iterator[str]:
         finally:
             server.shutdown()
             thread.join()
+
+
+@asynccontextmanager
+async def asyncio_engine(answer: Callable[[dict[str, Any]], Awaitable[Any]]) -> AsyncIterator[str]:
+    """Yields its address; ``answer`` makes the JSON of each request's answer, all of them at once if need be."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                length = int(head.lower().partition(b"content-length:")[2].split()[0])
+                body = json.loads(await reader.readexactly(length))
+                content = json.dumps(await answer(body)).encode()
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(content), content))
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=4096)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()

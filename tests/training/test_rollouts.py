@@ -15,7 +15,17 @@ import pytest
 
 from lenvm_training.endpoints import EngineError, Retry, Sampling
 from lenvm_training.prompts import Prompt, PromptFileError, prompts_from_file, read_prompts, template_prompts
-from lenvm_training.rollouts import CachedEncoder, ChatEncoder, RolloutWriteError, read_rollouts, sample_rollouts
+from lenvm_training.rollout_data import load_rollouts
+from lenvm_training.rollouts import (
+    CachedEncoder,
+    ChatEncoder,
+    RolloutWriteError,
+    check_sampling,
+    read_rollouts,
+    reserve_files,
+    sample_rollouts,
+)
+from local_engine import asyncio_engine
 
 PROMPTS = [Prompt(f"p{index}", "math", [{"role": "user", "content": str(index)}]) for index in range(5)]
 AT_ONCE = Retry(attempts=3, first_delay_s=0.0)
@@ -47,9 +57,9 @@ def engine(requests: list[dict[str, Any]], fail_after: int = 10**9) -> httpx.Moc
 
 def sample(path: Path, transport: httpx.MockTransport, **options: Any) -> int:
     encoder = ChatEncoder(options.pop("tokenizer", Tokenizer()))
-    prompts = options.pop("prompts", PROMPTS)
+    prompts, sampling = options.pop("prompts", PROMPTS), options.pop("sampling", Sampling())
     options = {"retry": AT_ONCE, "transport": transport, "concurrency": 3} | options
-    return asyncio.run(sample_rollouts(prompts, encoder, "http://engine", path, 2, Sampling(), **options))
+    return asyncio.run(sample_rollouts(prompts, encoder, "http://engine", path, 2, sampling, **options))
 
 
 def test_every_completion_is_sampled_once(tmp_path: Path) -> None:
@@ -111,13 +121,136 @@ def drop() -> httpx.Response:
     raise httpx.ReadError("dropped")
 
 
-@pytest.mark.parametrize("fail", [drop, lambda: httpx.Response(503), lambda: httpx.Response(429)])
+def answer_with(**content: Any) -> Callable[[], httpx.Response]:
+    return lambda: httpx.Response(200, json=content)
+
+
+STOPPED = {"finish_reason": {"type": "stop"}}
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        drop,
+        lambda: httpx.Response(503),
+        lambda: httpx.Response(429),
+        lambda: httpx.Response(200, text="<html>"),
+        lambda: httpx.Response(200, content=b"\xff"),
+        lambda: httpx.Response(200, json=[1]),
+        answer_with(error="busy"),
+        answer_with(output_ids=[], meta_info=STOPPED),
+        answer_with(output_ids=[None], meta_info=STOPPED),
+        answer_with(output_ids=[1], meta_info={"finish_reason": None}),
+        answer_with(output_ids=[1], meta_info={"finish_reason": {"type": "abort"}}),
+    ],
+)
 def test_passing_failures_are_tried_again(tmp_path: Path, fail: Callable[[], httpx.Response]) -> None:
     path = tmp_path / "rollouts.jsonl"
     assert sample(path, flaky(2, fail)) == 10
     assert len(list(read_rollouts(path))) == 10
     with pytest.raises(EngineError):
         sample(tmp_path / "other.jsonl", flaky(9, fail))
+
+
+def test_an_answer_that_cannot_be_used_is_quoted(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"answer to prompt p\d cannot be used \(KeyError\('output_ids'\)\): .*busy"):
+        sample(tmp_path / "r.jsonl", flaky(9, answer_with(error="busy")))
+
+
+def test_an_aborted_completion_in_the_file_is_sampled_again(tmp_path: Path) -> None:
+    path = tmp_path / "rollouts.jsonl"
+    sample(path, engine([]))
+    first, *others = path.read_text().splitlines()
+    aborted = json.loads(first) | {"finish_reason": "abort", "output_token_ids": [1]}
+    path.write_text("\n".join([json.dumps(aborted), *others]) + "\n")
+    assert sample(path, engine([])) == 1
+    again = [
+        row
+        for row in load_rollouts([path])
+        if (row["prompt_id"], row["sample"]) == (aborted["prompt_id"], aborted["sample"])
+    ]
+    assert [row["finish_reason"] for row in again] == ["stop"]
+    assert sample(path, engine([])) == 0
+
+
+def test_a_file_belongs_to_one_sampling(tmp_path: Path) -> None:
+    path = tmp_path / "rollouts.jsonl"
+    sample(path, engine([]))
+    before = path.read_bytes()
+    other = Sampling(max_new_tokens=9)
+    message = "rollouts.jsonl: holds rollouts sampled with max_new_tokens 640, not 9; write to another file"
+    for run in (lambda: sample(path, engine([]), sampling=other), lambda: check_sampling(path, other)):
+        with pytest.raises(ValueError, match=message):
+            run()
+    assert path.read_bytes() == before
+    check_sampling(path, Sampling())
+    check_sampling(tmp_path / "none.jsonl", other)
+
+
+def test_a_stalled_request_is_given_up_and_tried_again(tmp_path: Path) -> None:
+    seen: set[str] = set()
+
+    async def answer(body: dict[str, Any]) -> Any:
+        if (key := str(body["input_ids"])) not in seen:
+            seen.add(key)
+            await asyncio.Event().wait()
+        return {"output_ids": [1], "meta_info": STOPPED}
+
+    async def run() -> int:
+        async with asyncio_engine(answer) as url:
+            retry = Retry(attempts=3, first_delay_s=0.0, timeout_s=0.2)
+            return await sample_rollouts(
+                PROMPTS, ChatEncoder(Tokenizer()), url, tmp_path / "r.jsonl", 1, Sampling(), retry=retry
+            )
+
+    assert asyncio.run(asyncio.wait_for(run(), 30)) == 5
+
+
+@contextmanager
+def open_files(soft: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_two_thousand_requests_are_in_flight_at_once(tmp_path: Path) -> None:
+    count = 2000
+    waiting = 0
+    prompts = [Prompt(str(index), "math", [{"role": "user", "content": str(index)}]) for index in range(count)]
+
+    async def run() -> int:
+        all_here = asyncio.Event()
+
+        async def answer(body: dict[str, Any]) -> Any:
+            nonlocal waiting
+            waiting += 1
+            if waiting == count:
+                all_here.set()
+            await all_here.wait()
+            return {"output_ids": body["input_ids"], "meta_info": STOPPED}
+
+        async with asyncio_engine(answer) as url:
+            path, encoder = tmp_path / "r.jsonl", ChatEncoder(Tokenizer())
+            return await sample_rollouts(prompts, encoder, url, path, 1, Sampling(), count, retry=Retry(attempts=1))
+
+    with open_files(2 * count + 512):  # the engine's ends are in this process too
+        assert asyncio.run(run()) == count
+    rows = list(read_rollouts(tmp_path / "r.jsonl"))
+    assert all(row["output_token_ids"] == [int(row["prompt_id"]), 7] for row in rows)
+
+
+def test_the_limit_on_open_files_is_raised_or_named(tmp_path: Path) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open_files(300):
+        sample(tmp_path / "r.jsonl", engine([]), concurrency=500)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (756, hard)
+        reserve_files(10)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (756, hard), "never lowered"
+    with pytest.raises(ValueError, match=rf"concurrency: {hard} connections need {hard + 256} open files.* {hard} "):
+        reserve_files(hard)
 
 
 def test_a_refusal_is_not_tried_again(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from lenvm_training.endpoints import Sampling
+from lenvm_training.endpoints import Retry, Sampling
 from lenvm_training.heads_run import HeadsSettings
 from lenvm_training.model import ModelSettings
 from lenvm_training.prompt_sources import PromptSource
@@ -59,7 +59,8 @@ class PromptSettings:
 class RolloutSettings:
     """Completions to sample: ``samples`` of each training prompt into ``out``, ``eval_samples`` into ``eval_out``.
 
-    Prompts of more than ``max_prompt_tokens`` are left out.
+    Prompts of more than ``max_prompt_tokens`` are left out. A completion that takes more than ``timeout_s`` is
+    given up and tried again: the engine has stalled.
 
     ``engine_url`` (or LENVM_ENGINE_URL) is the served model's address without ``/v1``, ``api`` how it is spoken to
     (OPENAI_API_KEY is sent where it is set); when it is empty the engine is started for the run, with SGLang's own
@@ -75,6 +76,7 @@ class RolloutSettings:
     sampling: Sampling = field(default_factory=Sampling)
     max_prompt_tokens: int = 4096
     concurrency: int = 256
+    timeout_s: float = Retry.timeout_s
     api: str = "engine"
     engine_url: str = ""
     engine_arguments: tuple[str, ...] = ()
@@ -86,6 +88,8 @@ class RolloutSettings:
         for name in ("samples", "eval_samples", "concurrency"):
             if getattr(self, name) < 1:
                 raise ValueError(f"rollouts.{name}: must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.timeout_s < float("inf"):
+            raise ValueError(f"rollouts.timeout_s: must be positive and finite, got {self.timeout_s}")
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import mimetypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import httpx
 
 RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+ABORTED = "abort"
+
+Answer = TypeVar("Answer")
 
 
 class EngineError(RuntimeError):
@@ -42,11 +45,16 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Retry:
-    """A request is tried ``attempts`` times, after delays of ``first_delay_s`` doubling up to ``max_delay_s``."""
+    """A request is tried ``attempts`` times, after delays of ``first_delay_s`` doubling up to ``max_delay_s``.
+
+    A try lasts at most ``timeout_s``. What takes longest is cut off first, so this is for engines that have stalled:
+    a limit that a completion in a full engine can reach would leave out the long ones.
+    """
 
     attempts: int = 8
     first_delay_s: float = 1.0
     max_delay_s: float = 30.0
+    timeout_s: float = 1800.0
 
     def delay_s(self, failures: int) -> float:
         """How long to wait after so many failures (1 or more)."""
@@ -88,8 +96,11 @@ class EngineEndpoint:
         if request.images:
             raise EngineError(f"prompt {request.name}: images need an OpenAI-compatible endpoint (api: openai)")
         body = {"input_ids": list(request.token_ids), "sampling_params": asdict(sampling)}
-        answer = await _post(self._client, "/generate", body, request.name, self._retry)
-        return Completion(answer["output_ids"], answer["meta_info"]["finish_reason"]["type"])
+        return await _post(self._client, "/generate", body, request.name, self._retry, self._read)
+
+    @staticmethod
+    def _read(answer: Any) -> Completion:
+        return _completion(answer["output_ids"], answer["meta_info"]["finish_reason"]["type"])
 
 
 class OpenAIEndpoint:
@@ -103,19 +114,34 @@ class OpenAIEndpoint:
         fields = asdict(sampling)
         body = {"model": self._model, "max_tokens": fields.pop("max_new_tokens"), "return_token_ids": True, **fields}
         body |= {"messages": _with_images(request)} if request.images else {"prompt": list(request.token_ids)}
-        answer = await _post(self._client, path, body, request.name, self._retry)
+        return await _post(self._client, path, body, request.name, self._retry, self._read)
+
+    def _read(self, answer: Any) -> Completion:
         choice = answer["choices"][0]
-        if not choice.get("token_ids"):
+        if choice["finish_reason"] != ABORTED and choice.get("token_ids") is None:
             raise EngineError(f"{self._client.base_url} returns no token ids (return_token_ids), only text")
-        return Completion(choice["token_ids"], choice["finish_reason"])
+        return _completion(choice.get("token_ids"), choice["finish_reason"])
+
+
+def _completion(token_ids: Any, finish_reason: Any) -> Completion:
+    """Raises ValueError for what is no whole completion."""
+    if not isinstance(finish_reason, str) or finish_reason == ABORTED:
+        raise ValueError(f"finish reason {finish_reason}")
+    if not isinstance(token_ids, list) or not token_ids or any(type(token) is not int for token in token_ids):
+        raise ValueError("no token ids")
+    return Completion(token_ids, finish_reason)
 
 
 async def connect(api: str, client: httpx.AsyncClient, retry: Retry) -> Endpoint:
     """The endpoint of ``client`` (its base URL without ``/v1``) for ``api`` ``engine`` or ``openai``."""
     if api == "engine":
         return EngineEndpoint(client, retry)
-    models = await _request(client, "GET", "/v1/models", None, "list of models", retry)
-    return OpenAIEndpoint(client, retry, models["data"][0]["id"])
+
+    def read(models: Any) -> str:
+        return str(models["data"][0]["id"])
+
+    name = await _request(client, "GET", "/v1/models", None, "list of models", retry, read)
+    return OpenAIEndpoint(client, retry, name)
 
 
 def _with_images(request: Request) -> list[dict[str, Any]]:
@@ -140,22 +166,37 @@ def _data_url(path: Path) -> str:
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-async def _post(client: httpx.AsyncClient, path: str, body: dict[str, Any], name: str, retry: Retry) -> dict[str, Any]:
-    return await _request(client, "POST", path, body, f"prompt {name}", retry)
+async def _post(
+    client: httpx.AsyncClient,
+    path: str,
+    body: dict[str, Any],
+    name: str,
+    retry: Retry,
+    read: Callable[[Any], Answer],
+) -> Answer:
+    return await _request(client, "POST", path, body, f"prompt {name}", retry, read)
 
 
 async def _request(
-    client: httpx.AsyncClient, method: str, path: str, body: dict[str, Any] | None, name: str, retry: Retry
-) -> dict[str, Any]:
+    client: httpx.AsyncClient,
+    method: str,
+    path: str,
+    body: dict[str, Any] | None,
+    name: str,
+    retry: Retry,
+    read: Callable[[Any], Answer],
+) -> Answer:
+    """What ``read`` makes of the answer; one that it cannot read is tried again, as one that did not come."""
     for failures in range(1, retry.attempts + 1):
         try:
             response = await client.request(method, path, json=body)
+            if response.status_code == 200:
+                return read(response.json())
         except httpx.TransportError as error:
             problem = f"the engine at {client.base_url} does not answer: {error!r}"
+        except (ValueError, LookupError, TypeError) as error:
+            problem = f"the engine's answer to {name} cannot be used ({error!r}): {response.text[:200]}"
         else:
-            if response.status_code == 200:
-                answer: dict[str, Any] = response.json()
-                return answer
             problem = f"the engine refused {name}: {response.status_code} {response.text[:200]}"
             if response.status_code not in RETRIED_STATUS:
                 break

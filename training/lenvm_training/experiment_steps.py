@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lenvm_training.config import ConfigError, Experiment, RolloutSettings
-from lenvm_training.endpoints import EngineError
+from lenvm_training.endpoints import EngineError, Retry
 from lenvm_training.model import default_device, load_language_model, load_lenvm, resolve_folder
 from lenvm_training.prompt_sources import load_prompts, split_prompts
 from lenvm_training.prompts import Prompt, read_prompts, template_prompts
@@ -115,6 +115,7 @@ async def _sample(
         settings.concurrency,
         settings.seed,
         settings.api,
+        Retry(timeout_s=settings.timeout_s),
         stop=stop,
     )
     if stop.is_set():

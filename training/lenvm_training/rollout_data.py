@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lenvm_training.endpoints import ABORTED
 from lenvm_training.rollouts import FINISHED, TRUNCATED
 from lenvm_training.targets import IGNORED, remaining_labels
 from lenvm_training.tokens import tokenizer_fingerprint
@@ -51,14 +52,18 @@ class DataSettings:
 
 
 def load_rollouts(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """All rows of rollout files of one tokenizer, token ids as int32 arrays. Raises RolloutFileError."""
+    """All rows of rollout files of one tokenizer, token ids as int32 arrays, without aborted completions.
+
+    Raises RolloutFileError.
+    """
     rows: list[dict[str, Any]] = []
     tokenizers: dict[str, str] = {}
     for path in (Path(path).expanduser() for path in paths):
         for number, line in enumerate(_lines(path), 1):
             row = _parse_row(line, f"{path}:{number}")
             tokenizers.setdefault(row.get("tokenizer", ""), f"{path}:{number}")
-            rows.append(row)
+            if row["finish_reason"] != ABORTED:
+                rows.append(row)
     tokenizers.pop("", None)
     if len(tokenizers) > 1:
         raise RolloutFileError(f"rollouts of different tokenizers: {' and '.join(list(tokenizers.values())[:2])}")

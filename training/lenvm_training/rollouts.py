@@ -3,7 +3,7 @@
 One row a completion: ``{"prompt_id", "domain", "sample", "prompt_token_ids", "output_token_ids",
 "finish_reason", "sampling", "tokenizer"}`` and ``images`` where the prompt has some.
 ``output_token_ids`` includes the end token of a finished answer; ``tokenizer`` is the fingerprint of
-the vocabulary. A run that is started again samples only what is missing.
+the vocabulary. A run that is started again samples only what is missing (or was aborted), with the same sampling.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import errno
 import json
 import os
 import random
+import resource
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,12 +24,16 @@ from typing import Any, Protocol
 import httpx
 from tqdm import tqdm
 
-from lenvm_training.endpoints import Endpoint, Request, Retry, Sampling, connect
+from lenvm_training.endpoints import ABORTED, Endpoint, Request, Retry, Sampling, connect
 from lenvm_training.prompts import Prompt
 from lenvm_training.tokens import tokenizer_fingerprint
 
 FINISHED = "stop"
 TRUNCATED = "length"
+CONNECT_TIMEOUT_S = 60.0
+POOL_CONNECTIONS = 64
+"""Connections a client: the time httpx spends in choosing one grows with more than the square of their number."""
+SPARE_FILES = 256
 
 
 class RolloutWriteError(RuntimeError):
@@ -103,20 +108,26 @@ async def sample_rollouts(
 
     Once ``stop`` is set no new completion is begun, and those under way are finished: cutting them off
     would leave out the long ones. Raises EngineError when the engine stays down, RolloutWriteError when
-    a row cannot be written; rows already written stay.
+    a row cannot be written; rows already written stay. ValueError: ``path`` holds rollouts of another tokenizer
+    or sampling, or the system does not allow as many connections as ``concurrency``.
     """
-    done = _completed(path, encoder.fingerprint)
+    reserve_files(concurrency)
+    done = _completed(path, encoder.fingerprint, sampling)
+    retry = retry or Retry()
     jobs = [(prompt, sample) for prompt in prompts for sample in range(num_samples)]
     missing = [job for job in jobs if (job[0].id, job[1]) not in done]
     random.Random(seed).shuffle(missing)
     queue = iter(missing)
     added = 0
     path.parent.mkdir(parents=True, exist_ok=True)
-    async with _client(engine_url, concurrency, transport) as client:
-        endpoint = await connect(api, client, retry or Retry())
+    async with AsyncExitStack() as stack:
+        endpoints = []
+        for _ in range(0, concurrency, POOL_CONNECTIONS):
+            client = await stack.enter_async_context(_client(engine_url, retry.timeout_s, transport))
+            endpoints.append(await connect(api, client, retry))
         with _writer(path) as write, _Progress(len(jobs), len(jobs) - len(missing)) as progress:
 
-            async def work() -> None:
+            async def work(endpoint: Endpoint) -> None:
                 nonlocal added
                 for prompt, sample in queue:
                     if stop is not None and stop.is_set():
@@ -126,16 +137,29 @@ async def sample_rollouts(
                     progress.count(row)
                     added += 1
 
-            await _run_all(work() for _ in range(concurrency))
+            await _run_all(work(endpoints[number % len(endpoints)]) for number in range(concurrency))
     return added
 
 
-def _client(url: str, concurrency: int, transport: httpx.AsyncBaseTransport | None) -> httpx.AsyncClient:
+def reserve_files(connections: int) -> None:
+    """Raise this process's limit on open files for so many connections. Raises ValueError above the hard limit."""
+    needed = connections + SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if needed > hard != resource.RLIM_INFINITY:
+        raise ValueError(
+            f"concurrency: {connections} connections need {needed} open files, the system allows {hard} (ulimit -Hn)"
+        )
+    if needed > soft != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def _client(url: str, timeout_s: float, transport: httpx.AsyncBaseTransport | None) -> httpx.AsyncClient:
     """Connections are kept open; the key of OPENAI_API_KEY goes along where it is set."""
     key = os.environ.get("OPENAI_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-    return httpx.AsyncClient(base_url=url, timeout=None, limits=limits, headers=headers, transport=transport)
+    limits = httpx.Limits(max_connections=POOL_CONNECTIONS, max_keepalive_connections=POOL_CONNECTIONS)
+    timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
+    return httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits, headers=headers, transport=transport)
 
 
 async def _run_all(coroutines: Iterable[Any]) -> None:
@@ -201,7 +225,22 @@ def read_rollouts(path: Path) -> Iterable[dict[str, Any]]:
                 raise ValueError(f"{path}:{number}: not a JSON object") from None
 
 
-def _completed(path: Path, fingerprint: str) -> set[tuple[str, int]]:
+def check_sampling(path: Path, sampling: Sampling) -> None:
+    """Raise ValueError when ``path`` holds completions that were sampled otherwise."""
+    if path.exists():
+        for row in read_rollouts(path):
+            _check_sampling(path, row, sampling)
+
+
+def _check_sampling(path: Path, row: dict[str, Any], sampling: Sampling) -> None:
+    there = row.get("sampling", {})
+    for name, value in asdict(sampling).items():
+        if there.get(name) != value:
+            known = there.get(name, "unknown")
+            raise ValueError(f"{path}: holds rollouts sampled with {name} {known}, not {value}; write to another file")
+
+
+def _completed(path: Path, fingerprint: str, sampling: Sampling) -> set[tuple[str, int]]:
     """The completions in ``path``, after cutting off a last line that a crash left half written."""
     if not path.exists():
         return set()
@@ -210,7 +249,9 @@ def _completed(path: Path, fingerprint: str) -> set[tuple[str, int]]:
     for row in read_rollouts(path):
         if row.get("tokenizer", fingerprint) != fingerprint:
             raise ValueError(f"{path}: holds rollouts of another tokenizer; write to another file")
-        done.add((row["prompt_id"], row["sample"]))
+        _check_sampling(path, row, sampling)
+        if row["finish_reason"] != ABORTED:
+            done.add((row["prompt_id"], row["sample"]))
     return done
 
 
