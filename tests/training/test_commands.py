@@ -171,6 +171,73 @@ def test_bad_input_is_one_line_and_its_status(
     assert message in error
 
 
+NEEDS = "--prompts prompts.jsonl --model backbone"
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("rollouts", "config.yaml", "prompts.jsonl: no such prompt file; lenvm prompts writes it"),
+        ("group", f"gone.jsonl out.jsonl {NEEDS}", "gone.jsonl: cannot be read"),
+        ("group", f"rollouts.jsonl out.jsonl {NEEDS}", "prompts.jsonl: No such file or directory"),
+        ("group", f"nameless.jsonl out.jsonl {NEEDS}", "nameless.jsonl:1: field 'domain' is missing"),
+        ("ungroup", "gone.jsonl out.jsonl --model backbone", "gone.jsonl: No such file or directory"),
+        ("ungroup", "backbone out.jsonl --model backbone", "backbone: Is a directory"),
+        ("report", "gone.jsonl --out report", "gone.jsonl: cannot be read"),
+        ("report", "nameless.jsonl --out report", "nameless.jsonl:1: field 'domain' is missing"),
+        ("downsample", "gone.jsonl out.jsonl --samples 1", "gone.jsonl: cannot be read"),
+    ],
+)
+def test_a_missing_input_is_one_line_and_no_engine_is_started(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    arguments: str,
+    message: str,
+) -> None:
+    monkeypatch.setattr(experiment_steps.subprocess, "run", lambda _: pytest.fail("an engine is started"))
+    write_config(tmp_path)
+    rows = make_rows(4)
+    write_rows(tmp_path / "rollouts.jsonl", rows)
+    write_rows(tmp_path / "nameless.jsonl", [{k: v for k, v in row.items() if k != "domain"} for row in rows])
+    capsys.readouterr()
+    assert getattr(commands, command)(arguments.split()) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"lenvm {command}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("command", "override", "message"),
+    [
+        (
+            "rollouts",
+            "rollouts.sampling.temperature=0.5",
+            "rollouts.jsonl: holds rollouts sampled with temperature 1.0",
+        ),
+        ("prompts", "rollouts.sampling.temperature=0.5", "prompts.turns.jsonl: holds rollouts sampled with"),
+        ("rollouts", "rollouts.concurrency=100000000", "concurrency: 100000000 connections need"),
+    ],
+)
+def test_what_would_stop_the_sampling_is_found_before_an_engine_is_started(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    override: str,
+    message: str,
+) -> None:
+    config = write_config(tmp_path)
+    with local_engine() as url:
+        for step in (commands.prompts, commands.rollouts):
+            assert step([config, f"rollouts.engine_url={url}"]) == 0
+    monkeypatch.setattr(experiment_steps.subprocess, "run", lambda _: pytest.fail("an engine is started"))
+    capsys.readouterr()
+    assert getattr(commands, command)([config, override]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"lenvm {command}: {message}")
+
+
 def test_an_engine_that_is_down_says_so_and_can_be_tried_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,9 +248,8 @@ def test_an_engine_that_is_down_says_so_and_can_be_tried_again(
 
     monkeypatch.setattr(endpoints.asyncio, "sleep", at_once)
     config = write_config(tmp_path)
-    write_rows(
-        tmp_path / "prompts.jsonl", [{"id": "a", "domain": "d", "messages": [{"role": "user", "content": "w5"}]}]
-    )
+    for name in ("prompts.jsonl", "eval_prompts.jsonl"):
+        write_rows(tmp_path / name, [{"id": "a", "domain": "d", "messages": [{"role": "user", "content": "w5"}]}])
     assert commands.rollouts([config, "rollouts.engine_url=http://127.0.0.1:9"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "the engine at http://127.0.0.1:9 does not answer" in error
@@ -238,19 +304,24 @@ def test_a_sweep_trains_and_evaluates_every_variant(tmp_path: Path) -> None:
     assert constants[0] == constants[1], "errors of all variants are on one scale"
 
 
-def test_the_engine_is_started_by_the_runtimes_own_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("status", [0, 1, 2])
+def test_the_engine_is_started_by_the_runtimes_own_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
     config = write_config(tmp_path)
+    for name in ("prompts.jsonl", "eval_prompts.jsonl"):
+        write_rows(tmp_path / name, [{"id": "a", "domain": "d", "messages": []}])
     calls: list[list[str]] = []
 
     class Ended:
-        returncode = 0
+        returncode = status
 
     def run(command: list[str]) -> Ended:
         calls.append(command)
         return Ended()
 
     monkeypatch.setattr(experiment_steps.subprocess, "run", run)
-    assert commands.rollouts([config, "rollouts.engine_arguments=[--dtype=bfloat16]"]) == 0
+    assert commands.rollouts([config, "rollouts.engine_arguments=[--dtype=bfloat16]"]) == status
     (call,) = calls
     assert call[1:] == [
         *("-m", "lenvm_runtime.cli", "with-engine", "--model", "backbone", "--engine-argument=--dtype=bfloat16", "--"),

@@ -27,6 +27,7 @@ from lenvm_training.rollouts import RolloutWriteError  # noqa: E402
 
 Command = Callable[[argparse.Namespace], None]
 STATUS_BAD_INPUT, STATUS_TRY_AGAIN, STATUS_INTERRUPTED = 2, 1, 130
+UNUSABLE_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_MARKS = ("No space left", "File too large", "PytorchStreamWriter", "inline_container", "iostream error")
 
@@ -168,6 +169,9 @@ def _guard(parser: _Parser, command: Command, arguments: Sequence[str]) -> int:
         return _fail(parser, str(error), STATUS_BAD_INPUT)
     except (EngineError, RolloutWriteError, HubError) as error:
         return _fail(parser, f"{error} (run the same command again to go on)", STATUS_TRY_AGAIN)
+    except UNUSABLE_FILE as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return _fail(parser, message, STATUS_BAD_INPUT)
     except (OSError, SafetensorError, RuntimeError) as error:
         if not _is_full_disk(error):
             raise

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lenvm_training.config import ConfigError, Experiment, RolloutSettings
+from lenvm_training.config import ConfigError, Experiment, PromptSettings, RolloutSettings
 from lenvm_training.endpoints import EngineError, Retry
 from lenvm_training.model import default_device, load_language_model, load_lenvm, resolve_folder
 from lenvm_training.prompt_sources import load_prompts, split_prompts
@@ -24,7 +24,9 @@ from lenvm_training.rollouts import (
     ChatEncoder,
     ImageChatEncoder,
     PromptEncoder,
+    check_sampling,
     read_rollouts,
+    reserve_files,
     sample_rollouts,
 )
 from lenvm_training.self_prompts import TURN, EmptyTurnEncoder, prompts_from_turns
@@ -32,6 +34,7 @@ from lenvm_training.targets import DiscountedReturn
 
 TEMPLATE_DOMAINS = ("short_long", "requested")
 ENGINE_URL, SERVED_MODEL = "LENVM_ENGINE_URL", "LENVM_MODEL"
+STATUS_BAD_INPUT = 2
 
 
 def write_prompts(experiment: Experiment, command: Sequence[str]) -> None:
@@ -41,9 +44,10 @@ def write_prompts(experiment: Experiment, command: Sequence[str]) -> None:
         raise ConfigError("prompts: missing")
     prompts: list[Prompt] = []
     if settings.self_made:
+        _check_before_sampling(_rollout_settings(experiment), _turns_file(settings))
         if not _engine_url(experiment):
             return _run_with_engine(experiment, command)
-        prompts += _self_made(experiment, settings.self_made, Path(settings.out))
+        prompts += _self_made(experiment, settings)
     for source in settings.sources:
         found = load_prompts(source, Path(settings.image_folder), settings.seed)
         say(f"{source.name or source.path}: {len(found)} prompts")
@@ -57,15 +61,19 @@ def write_prompts(experiment: Experiment, command: Sequence[str]) -> None:
     return None
 
 
-def _self_made(experiment: Experiment, count: int, out: Path) -> list[Prompt]:
+def _turns_file(settings: PromptSettings) -> Path:
+    return Path(settings.out).with_suffix(".turns.jsonl")
+
+
+def _self_made(experiment: Experiment, settings: PromptSettings) -> list[Prompt]:
     from transformers import AutoTokenizer
 
-    settings = _rollout_settings(experiment)
+    sampling = _rollout_settings(experiment).sampling
     tokenizer = AutoTokenizer.from_pretrained(_served_folder(experiment))
-    path = out.with_suffix(".turns.jsonl")
+    path, count = _turns_file(settings), settings.self_made
     asyncio.run(_sample(experiment, [TURN], EmptyTurnEncoder(tokenizer), path, count))
     prompts = prompts_from_turns(read_rollouts(path), tokenizer)
-    say(f"self-made: {len(prompts)} different prompts of {count} turns ({settings.sampling.max_new_tokens} tokens)")
+    say(f"self-made: {len(prompts)} different prompts of {count} turns ({sampling.max_new_tokens} tokens)")
     return prompts
 
 
@@ -74,20 +82,33 @@ def write_rollouts(experiment: Experiment, command: Sequence[str]) -> None:
     settings = _rollout_settings(experiment)
     if experiment.prompts is None:
         raise ConfigError("prompts: missing: 'out' and 'eval_out' name the prompt files")
+    parts = (
+        (_read_prompts(experiment.prompts.out), settings.out, settings.samples),
+        (_read_prompts(experiment.prompts.eval_out), settings.eval_out, settings.eval_samples),
+    )
+    _check_before_sampling(settings, Path(settings.out), Path(settings.eval_out))
     if not _engine_url(experiment):
         return _run_with_engine(experiment, command)
-    parts = (
-        (experiment.prompts.out, settings.out, settings.samples),
-        (experiment.prompts.eval_out, settings.eval_out, settings.eval_samples),
-    )
-    for prompt_file, out, samples in parts:
-        prompts = read_prompts(Path(prompt_file))
+    for prompts, out, samples in parts:
         encoder = CachedEncoder(_encoder(experiment, prompts))
         kept = [prompt for prompt in prompts if len(encoder.encode(prompt)) <= settings.max_prompt_tokens]
         added = asyncio.run(_sample(experiment, kept, encoder, Path(out), samples))
         say(f"{out}: {added} completions added; {len(prompts) - len(kept)} prompts were too long")
         write_length_report(load_rollouts([out]), Path(out).with_suffix(""))
     return None
+
+
+def _read_prompts(path: str) -> list[Prompt]:
+    if not Path(path).is_file():
+        raise ConfigError(f"{path}: no such prompt file; lenvm prompts writes it")
+    return read_prompts(Path(path))
+
+
+def _check_before_sampling(settings: RolloutSettings, *paths: Path) -> None:
+    """What would stop the sampling, before an engine is started for it. Raises ValueError."""
+    reserve_files(settings.concurrency)
+    for path in paths:
+        check_sampling(path, settings.sampling)
 
 
 def _encoder(experiment: Experiment, prompts: Sequence[Prompt]) -> PromptEncoder:
@@ -143,6 +164,8 @@ def _run_with_engine(experiment: Experiment, command: Sequence[str]) -> None:
     flags = [f"--engine-argument={argument}" for argument in _rollout_settings(experiment).engine_arguments]
     model = str(Path(experiment.model.served_model).expanduser())
     status = subprocess.run([*lenvm, "with-engine", "--model", model, *flags, "--", *lenvm, *command]).returncode
+    if status == STATUS_BAD_INPUT:
+        raise ConfigError("with-engine could not use its input (see above)")
     if status:
         raise EngineError(f"with-engine ended with status {status}")
 

@@ -25,6 +25,8 @@ REQUIRED_FIELDS = {
     "prompt_token_ids": list,
     "output_token_ids": list,
     "finish_reason": str,
+    "domain": str,
+    "sampling": dict,
 }
 TOKEN_FIELDS = ("prompt_token_ids", "output_token_ids")
 
