@@ -121,6 +121,7 @@ def test_heads_on_frozen_states_are_trained_by_the_same_command(tmp_path: Path) 
     assert commands.train([config]) == 0
     assert json.loads(Path("head/lenvm_config.json").read_text())["num_bins"] == 8
     assert commands.evaluate([config]) == 0
+    assert json.loads(Path("run/evaluation/evaluation.json").read_text())["served"]["all"]["mean_width"] > 0
 
 
 def test_the_steps_by_flags_train_heads_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from lenvm_kernels.checkpoint import Head
+from lenvm_kernels.heads import CandidateHead, HeadConfig, ValueHead, join_features
 from lenvm_kernels.length_value import length_from_value, value_from_length
+from lenvm_runtime.head_runner import HeadRunner
+from lenvm_runtime.value_model.step import ValueGuide
 from lenvm_training.comparison_rows import PromptSample, comparison_predictions, group_samples, ridge_predict
-from lenvm_training.model import ModelSettings, build_lenvm
+from lenvm_training.features import capture_layers
+from lenvm_training.model import LenVM, ModelSettings, build_lenvm
 from lenvm_training.prompt_evaluation import (
+    assumed_intervals,
     boundary_figures,
     boundary_states,
     evaluate_prompts,
     interval_coverage,
+    interval_figures,
     predict_boundary,
+    served_intervals,
 )
 from lenvm_training.rollout_data import RolloutCollator
 from lenvm_training.targets import DiscountedReturn, TargetConfig
@@ -65,6 +74,58 @@ def test_an_interval_from_other_prompts_covers_what_it_says() -> None:
     assert coverage["all"] == pytest.approx(0.8, abs=0.03)
 
 
+def test_figures_of_an_interval_by_hand() -> None:
+    prompts = [sample([2.0, 6.0, 7.0]), sample([10.0], "code"), sample([1.0, 9.0], "code")]
+    figures = interval_figures(np.array([[2.0, 6.0], [11.0, 12.0], [0.0, 8.0]]), prompts)
+    assert figures == {
+        "all": {"coverage": 3 / 6, "mean_width": 13 / 3},
+        "code": {"coverage": 1 / 3, "mean_width": 4.5},
+        "math": {"coverage": 2 / 3, "mean_width": 4.0},
+    }
+
+
+def test_the_interval_of_a_lenvm_is_the_engines() -> None:
+    gamma = 0.99
+    values = torch.linspace(-0.999, -0.01, 50)
+    source = SimpleNamespace(gamma=gamma)
+    guide = ValueGuide(SimpleNamespace(device="cpu", source=source), [1], int(length_from_value(-1.0, gamma)))
+    served = guide.predictions(values)[:, 1:].round().numpy()
+    np.testing.assert_array_equal(assumed_intervals(length_from_value(values, gamma).double().numpy(), gamma), served)
+
+
+def head_and_model(folder: Path) -> tuple[Head, LenVM]:
+    model = build_lenvm(ModelSettings(str(make_backbone(folder)), "served", kind="head"), TargetConfig(gamma=0.9))
+    torch.manual_seed(1)
+    config = HeadConfig("tiny", 32, 64, 0.9, 8, 64, 16, (0, 1), (1,))
+    candidate_head = CandidateHead(config)
+    torch.nn.init.normal_(candidate_head.out.weight)
+    return Head(config, ValueHead(32), candidate_head), model.eval()
+
+
+def test_the_interval_of_a_head_is_the_engines(tmp_path: Path) -> None:
+    head, model = head_and_model(tmp_path)
+    prompts = group_samples(make_rows(8), 1)
+    intervals = served_intervals(model, head, prompts, np.ones(8), RolloutCollator(0))
+    runner = HeadRunner(head, [], torch.zeros(64, 32), lambda table: table)
+    with torch.inference_mode():
+        for prompt, interval in zip(prompts, intervals, strict=True):
+            ids = torch.tensor([list(prompt.row["prompt_token_ids"])])
+            states = model.language_model.model(ids, output_hidden_states=True)
+            layers = [states.hidden_states[1][0, -1:]]
+            with capture_layers(model.language_model, [1]) as captured:
+                model.language_model.model(ids)
+            features = join_features(states.last_hidden_state[0, -1:], [*layers, captured[1][0, -1:]])
+            np.testing.assert_array_equal(interval, runner.predictions(features)[0, 1:].round().numpy())
+    assert len({tuple(interval) for interval in intervals}) > 1
+
+
+@pytest.mark.parametrize(("kind", "space"), [("head", "discounted_return"), ("full", "log_length")])
+def test_what_cannot_be_served_has_no_served_interval(tmp_path: Path, kind: str, space: str) -> None:
+    settings = ModelSettings(str(make_backbone(tmp_path)), "served", kind=kind)
+    model = build_lenvm(settings, TargetConfig(space=space, gamma=0.9))
+    assert served_intervals(model, None, [], np.ones(0), RolloutCollator(0)) is None
+
+
 def test_ridge_finds_a_linear_law_and_ignores_noise() -> None:
     generator = np.random.default_rng(0)
     features, new = generator.normal(size=(200, 6)), generator.normal(size=(50, 6))
@@ -101,7 +162,7 @@ def test_boundary_predictions_are_those_of_single_forwards(tmp_path: Path) -> No
 
 
 def test_a_whole_evaluation_writes_its_figures(tmp_path: Path) -> None:
-    settings = ModelSettings(str(make_backbone(tmp_path / "b")), "served", kind="head")
+    settings = ModelSettings(str(make_backbone(tmp_path / "b")), "served", kind="full")
     model = build_lenvm(settings, TargetConfig(gamma=0.9))
     rows, fit = make_rows(16, 1), make_rows(24, 2)
     evaluation = evaluate_prompts(
@@ -110,9 +171,18 @@ def test_a_whole_evaluation_writes_its_figures(tmp_path: Path) -> None:
     assert set(evaluation.boundary) == {"lenvm", "constant", "prompt_length", "ridge_probe"}
     assert evaluation.boundary["ridge_probe"]["tau"] > 0.7 > evaluation.boundary["lenvm"]["tau"]
     assert set(evaluation.domains) == {"math", "code"}
+    for domain in evaluation.domains.values():
+        assert domain.keys() == evaluation.boundary.keys()
+        assert all(row["prompts"] == 8 for row in domain.values())
+    assert evaluation.served.keys() == {"all", "math", "code"}
+    assert 0 <= evaluation.served["all"]["coverage"] <= 1
+    assert evaluation.served["all"]["mean_width"] > 0
     assert evaluation.states["mse_position"] <= evaluation.states["mse_constant"] * 1.1
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["num_prompts"] == 16
-    assert "| ridge_probe |" in (tmp_path / "out" / "evaluation.md").read_text()
+    text = (tmp_path / "out" / "evaluation.md").read_text()
+    assert "| ridge_probe |" in text
+    assert "| math, ridge_probe |" in text
+    assert "| domain | coverage | mean_width |" in text
     assert (tmp_path / "out" / "calibration.png").exists()
     with pytest.raises(ValueError, match="fewer than two prompts with 9"):
         evaluate_prompts(model, model.language_model, rows, fit, RolloutCollator(0), 9, SPACE, tmp_path)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lenvm_kernels.checkpoint import load_head
+from lenvm_kernels.checkpoint_files import CANDIDATE_FILE
 from lenvm_training.config import ConfigError, Experiment, PromptSettings, RolloutSettings
 from lenvm_training.endpoints import EngineError, Retry
 from lenvm_training.model import default_device, load_language_model, load_lenvm, resolve_folder
@@ -203,7 +205,7 @@ def evaluate(experiment: Experiment, _: Sequence[str]) -> None:
     fit = select_rollouts(
         load_rollouts(experiment.data.rollouts), replace(experiment.data, max_prompts=settings.max_fit_prompts)
     )
-    source = settings.lenvm or trained
+    source = resolve_folder(settings.lenvm or trained)
     backbone = resolve_folder(experiment.model.backbone)
     device = default_device()
     model = load_lenvm(source, base_model=str(backbone)).to(device)
@@ -211,10 +213,11 @@ def evaluate(experiment: Experiment, _: Sequence[str]) -> None:
     probe = load_language_model(probe_folder, next(model.parameters()).dtype).to(device)
     space = DiscountedReturn(settings.gamma or model.lenvm_config.target.gamma)
     out = Path(settings.out)
-    result = evaluate_prompts(
-        model, probe, rows, fit, build_collator(model, backbone), settings.min_samples, space, out
-    )
-    print_figures({"boundary": result.boundary, "coverage": result.coverage, "states": result.states})
+    collator = build_collator(model, backbone)
+    head = load_head(source) if (source / CANDIDATE_FILE).exists() else None
+    result = evaluate_prompts(model, probe, rows, fit, collator, settings.min_samples, space, out, head)
+    shown = ("boundary", "served", "coverage", "states")
+    print_figures({name: getattr(result, name) for name in shown})
 
 
 def sweep(path: Path, overrides: list[str]) -> None:

@@ -28,6 +28,7 @@ from lenvm_training.targets import IGNORED, TargetConfig, lambda_returns
 
 FAMILY_GAMMA = {"qwen2": 0.997, "qwen2_5_vl": 0.997, "qwen3": 0.9998, "qwen3_moe": 0.9998}
 KINDS = ("full", "lora", "head")
+SERVED_SPACE = "discounted_return"
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -81,6 +82,15 @@ class LenVMConfig:
     base_model: str
     served_model: str
     target: TargetConfig
+
+    @property
+    def serving_obstacle(self) -> str:
+        """Why the engine cannot serve a LenVM of this configuration; empty when it can."""
+        if self.kind == "head":
+            return "a value head alone cannot be served; train a LoRA adapter, or heads (the 'heads' section)"
+        if self.target.space != SERVED_SPACE:
+            return f"predicts {self.target.space}; only {SERVED_SPACE} can be served"
+        return ""
 
     def to_json(self) -> str:
         """``gamma`` stands at the top too, where the serving side reads it."""

@@ -4,6 +4,7 @@ The truth at the prompt boundary comes from N samples of each prompt (paper, equ
 space: mean target G = mean_i target(L_i), L* = length(G); and in plain tokens: mean_i L_i. Comparison rows
 are fitted on other prompts (``fit``): a constant, the prompt's length alone, a ridge probe on the
 prompt's last hidden state of the untrained backbone, and, over all states, the position alone.
+Intervals are judged by the finished samples: the one that is served, and one refitted on half of the prompts.
 """
 
 from __future__ import annotations
@@ -18,8 +19,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from lenvm_kernels.checkpoint import Head
+from lenvm_kernels.heads import join_features
+from lenvm_kernels.length_distribution import quantile_length
+from lenvm_kernels.length_value import bin_lengths, length_from_value, value_from_length
+from lenvm_kernels.value_distribution import build_value_table, distribution_from_value
 from lenvm_training import plots
 from lenvm_training.comparison_rows import PromptSample, comparison_predictions, group_samples
+from lenvm_training.features import capture_layers
 from lenvm_training.metrics import Floats, calibration_curve, rank_agreement, state_metrics
 from lenvm_training.model import LenVM
 from lenvm_training.rollout_data import RolloutCollator, RolloutDataset
@@ -27,6 +34,8 @@ from lenvm_training.targets import IGNORED, TargetSpace
 
 MAX_BATCH_TOKENS = 8192
 INTERVAL_LEVELS = (0.1, 0.9)
+SERVED_BINS = 64
+"""Length bins that the engine spreads a LenVM's value over (``lenvm_runtime.value_model.step.NUM_BINS``)."""
 POSITION_BINS = 40
 
 
@@ -133,6 +142,65 @@ def interval_coverage(predicted: Floats, prompts: Sequence[PromptSample]) -> dic
     return {name: float(np.mean(hits)) for name, hits in inside.items()}
 
 
+def served_intervals(
+    model: LenVM, head: Head | None, prompts: Sequence[PromptSample], predicted: Floats, collator: RolloutCollator
+) -> Floats | None:
+    """The 80% interval that the engine gives with each prompt, in tokens: [P, 2]; None for what cannot be served."""
+    if head is not None:
+        return head_intervals(head, model.causal_model, prompts, collator)
+    if model.lenvm_config.serving_obstacle:
+        return None
+    return assumed_intervals(predicted, model.lenvm_config.target.gamma)
+
+
+@torch.inference_mode()
+def head_intervals(head: Head, model: Any, prompts: Sequence[PromptSample], collator: RolloutCollator) -> Floats:
+    """Quantiles of the candidate head's own distribution at each prompt's last token: [P, 2]."""
+    candidate_head = head.candidate_head.to(model.device)
+    layers = head.config.feature_layers
+
+    def interval(batch: dict[str, Any], last: torch.Tensor) -> torch.Tensor:
+        rows = torch.arange(len(last), device=last.device)
+        with capture_layers(model, layers) as captured:
+            final = model.base_model(**batch, use_cache=False).last_hidden_state
+        features = join_features(final[rows, last], [captured[layer][rows, last] for layer in layers])
+        return _interval(candidate_head.state_logprobs(features), candidate_head.bin_lengths)
+
+    return _over_prompts(prompts, collator, model, interval)
+
+
+def assumed_intervals(predicted: Floats, gamma: float) -> Floats:
+    """Quantiles of the distribution assumed around the value that each predicted length [P] stands for: [P, 2]."""
+    lengths = bin_lengths(SERVED_BINS, int(length_from_value(-1.0, gamma)))
+    values = value_from_length(torch.from_numpy(predicted), gamma)
+    intervals: Floats = _interval(distribution_from_value(values, build_value_table(lengths, gamma)), lengths).numpy()
+    return intervals
+
+
+def _interval(logprobs: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """In whole tokens, as responses carry it: [P, M] -> [P, 2]."""
+    return torch.stack([quantile_length(logprobs, lengths, level).round() for level in INTERVAL_LEVELS], dim=1)
+
+
+def interval_figures(intervals: Floats, prompts: Sequence[PromptSample]) -> dict[str, dict[str, float]]:
+    """Of [P, 2] bounds, overall and by domain: ``coverage``, the share of finished samples from low to high
+    (both included), and ``mean_width``, the mean of high - low over prompts, in tokens.
+    """
+    inside = [
+        (low <= prompt.lengths) & (prompt.lengths <= high)
+        for prompt, (low, high) in zip(prompts, intervals, strict=True)
+    ]
+    widths = intervals[:, 1] - intervals[:, 0]
+    groups = {"all": list(range(len(prompts)))} | _rows_by_domain(prompts)
+    return {
+        name: {
+            "coverage": float(np.mean(np.concatenate([inside[row] for row in rows]))),
+            "mean_width": float(np.mean(widths[rows])),
+        }
+        for name, rows in groups.items()
+    }
+
+
 def _pairs(
     prompts: Sequence[PromptSample], predicted: Floats, mask: np.ndarray[Any, np.dtype[np.bool_]]
 ) -> list[tuple[PromptSample, float]]:
@@ -196,13 +264,18 @@ def _mre(predicted: Floats, actual: Floats) -> float:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All figures: rows of the prompt boundary by predictor, of LenVM by domain, interval coverage, states."""
+    """All figures: of the prompt boundary by predictor, and by domain and predictor; of intervals; of the states.
+
+    ``served``: `interval_figures` of the interval that the engine gives, empty for what cannot be served;
+    ``coverage``: of the refitted one.
+    """
 
     num_prompts: int
     num_samples: int
     censored_share: float
     boundary: dict[str, dict[str, float]]
-    domains: dict[str, dict[str, float]]
+    domains: dict[str, dict[str, dict[str, float]]]
+    served: dict[str, dict[str, float]]
     coverage: dict[str, float]
     states: dict[str, float]
 
@@ -216,10 +289,12 @@ def evaluate_prompts(
     min_samples: int,
     space: TargetSpace,
     folder: Path,
+    head: Head | None = None,
 ) -> Evaluation:
     """Evaluate on ``rows``, fit the comparison rows on ``fit_rows``; writes figures and plots into ``folder``.
 
     ``space`` is the scale that truths are averaged and errors squared in, whatever the model was trained on.
+    ``head``: that of a head on the served model, whose value head is ``model``'s.
     Raises ValueError when no prompt has ``min_samples`` finished samples.
     """
     prompts, fit = group_samples(rows, min_samples), group_samples(fit_rows, 1)
@@ -227,15 +302,15 @@ def evaluate_prompts(
         raise ValueError(f"evaluation: fewer than two prompts with {min_samples} finished samples (evaluation or data)")
     predicted = predict_boundary(model, prompts, collator)
     states, fit_states = (boundary_states(probe_model, part, collator) for part in (prompts, fit))
-    compared = comparison_predictions(fit, fit_states, prompts, states)
+    predictors = {"lenvm": predicted, **comparison_predictions(fit, fit_states, prompts, states)}
+    intervals = served_intervals(model, head, prompts, predicted, collator)
     evaluation = Evaluation(
         num_prompts=len(prompts),
         num_samples=sum(len(prompt.lengths) for prompt in prompts),
         censored_share=_censored_share(prompts),
-        boundary={
-            name: boundary_figures(row, prompts, space) for name, row in {"lenvm": predicted, **compared}.items()
-        },
-        domains=_by_domain(predicted, prompts, space),
+        boundary={name: boundary_figures(row, prompts, space) for name, row in predictors.items()},
+        domains=_by_domain(predictors, prompts, space),
+        served={} if intervals is None else interval_figures(intervals, prompts),
         coverage=interval_coverage(predicted, prompts),
         states=evaluate_states(model, rows, fit_rows, collator, space),
     )
@@ -250,17 +325,30 @@ def _censored_share(prompts: Sequence[PromptSample]) -> float:
     return censored / (censored + sum(len(prompt.lengths) for prompt in prompts))
 
 
-def _by_domain(predicted: Floats, prompts: Sequence[PromptSample], space: TargetSpace) -> dict[str, dict[str, float]]:
-    figures = {}
-    for domain in sorted({prompt.domain for prompt in prompts}):
-        rows = [index for index, prompt in enumerate(prompts) if prompt.domain == domain]
+def _rows_by_domain(prompts: Sequence[PromptSample]) -> dict[str, list[int]]:
+    rows: dict[str, list[int]] = {domain: [] for domain in sorted({prompt.domain for prompt in prompts})}
+    for row, prompt in enumerate(prompts):
+        rows[prompt.domain].append(row)
+    return rows
+
+
+def _by_domain(
+    predictors: dict[str, Floats], prompts: Sequence[PromptSample], space: TargetSpace
+) -> dict[str, dict[str, dict[str, float]]]:
+    figures: dict[str, dict[str, dict[str, float]]] = {}
+    for domain, rows in _rows_by_domain(prompts).items():
         own = [prompts[row] for row in rows]
-        figures[domain] = {"prompts": len(rows), **boundary_figures(predicted[rows], own, space)}
+        figures[domain] = {
+            name: {"prompts": len(rows), **boundary_figures(predicted[rows], own, space)}
+            for name, predicted in predictors.items()
+        }
     return figures
 
 
 def _write(evaluation: Evaluation, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    domains = {f"{domain}, {name}": row for domain, rows in evaluation.domains.items() for name, row in rows.items()}
+    served = _table("domain", evaluation.served) if evaluation.served else "None: this LenVM cannot be served."
     (folder / "evaluation.json").write_text(json.dumps(vars(evaluation), indent=2) + "\n")
     (folder / "evaluation.md").write_text(
         f"""# Evaluation
@@ -272,11 +360,15 @@ their samples were cut by the token limit and are left out.
 
 {_table("predictor", evaluation.boundary)}
 
-## LenVM by domain
+## Prompt boundary by domain
 
-{_table("domain", evaluation.domains)}
+{_table("domain, predictor", domains)}
 
-## 80% interval
+## 80% interval as it is served
+
+{served}
+
+## 80% interval refitted on the other half of the prompts
 
 {_table("domain", {name: {"coverage": share} for name, share in evaluation.coverage.items()})}
 
