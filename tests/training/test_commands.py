@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from lenvm_runtime import cli
-from lenvm_training import commands, experiment_steps
+from lenvm_training import commands, experiment_steps, features
 from lenvm_training.__main__ import main as steps_by_flags
 from lenvm_training.experiment_steps import ENGINE_URL
 from local_engine import local_engine
@@ -303,6 +303,34 @@ def test_a_sweep_trains_and_evaluates_every_variant(tmp_path: Path) -> None:
         for name in ("head", "log")
     ]
     assert constants[0] == constants[1], "errors of all variants are on one scale"
+
+
+def test_a_sweep_of_heads_computes_each_state_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, eval_rows = make_rows(40), make_rows(8, 1)
+    write_rows(tmp_path / "rollouts.jsonl", rows)
+    write_rows(tmp_path / "eval.jsonl", eval_rows)
+    heads = {"work": "states", "out": "head", "epochs": 1, "states": 6, "num_bins": 8, "max_length": 32, "rank": 8}
+    write_config(tmp_path, heads=heads, training=None)
+    variants = {"32": {"data.max_prompts": 8}, "80": {"data.max_prompts": 20}, "all": {"data.max_prompts": None}}
+    sweep = {"name": "completions", "base": "config.yaml", "out": "sweep", "variants": variants}
+    Path("sweep.yaml").write_text(yaml.safe_dump(sweep))
+    computed: list[int] = []
+    original = features._batch_states
+
+    def counting(model: Any, batch: Any, *rest: Any) -> Any:
+        computed.append(len(batch))
+        return original(model, batch, *rest)
+
+    monkeypatch.setattr(features, "_batch_states", counting)
+    assert commands.sweep(["sweep.yaml"]) == 0
+    assert sum(computed) == len(rows) + len(eval_rows)
+    table = Path("sweep/sweep.md").read_text()
+    assert "served coverage" in table
+    for name, count in (("32", 32), ("80", 80), ("all", 160)):
+        assert f"\n| {name} |" in table
+        card = Path(f"sweep/{name}/head/README.md").read_text()
+        assert f" of {count} completions of {count // 4} prompts" in card
+        assert "of 32 completions of 8 prompts" in card.partition("Held out")[2], "all are judged by the same prompts"
 
 
 @pytest.mark.parametrize("status", [0, 1, 2])

@@ -170,10 +170,11 @@ def test_a_sweep_runs_what_is_missing_and_makes_its_table(tmp_path: Path) -> Non
         ran.append(experiment.output_dir)
         assert experiment.evaluation is not None
         folder = Path(experiment.evaluation.out)
-        folder.mkdir(parents=True)
         figures = '{"tau": 0.5, "mre": 0.4, "mse": 0.1}'
         states = '{"mse": 0.1, "mre_50": 0.2, "tau_50": 0.3}'
-        (folder / "evaluation.json").write_text(f'{{"boundary": {{"lenvm": {figures}}}, "states": {states}}}')
+        (folder / "evaluation.json").write_text(
+            f'{{"boundary": {{"lenvm": {figures}}}, "states": {states}, "served": {{}}}}'
+        )
 
     first = run_sweep(sweep, experiments, run, ran.append)
     assert first["small"]["boundary tau"] == 0.5
@@ -182,3 +183,10 @@ def test_a_sweep_runs_what_is_missing_and_makes_its_table(tmp_path: Path) -> Non
     assert len(ran) == 4, "complete runs are not run again"
     assert "| small | 0.5 |" in (tmp_path / "out" / "sweep.md").read_text()
     assert (tmp_path / "out" / "sweep.png").exists()
+    others = variant_experiments(sweep, tmp_path / "sweep.yaml", ["data.max_prompts=6"])
+    with pytest.raises(ConfigError, match=r"evaluation.json: is of other settings than the sweep's now"):
+        run_sweep(sweep, others, run, ran.append)
+    (tmp_path / "out" / "small" / "evaluation" / "experiment.json").unlink()
+    with pytest.raises(ConfigError, match=r"evaluation.json: is of other settings than the sweep's now"):
+        run_sweep(sweep, experiments, run, ran.append)
+    assert len(ran) == 4

@@ -134,8 +134,8 @@ class Experiment:
 
     @property
     def output_dir(self) -> str:
-        """Where ``training`` keeps its checkpoints and result."""
-        return str((self.training or {})["output_dir"])
+        """The folder of the head, or of the training's checkpoints and result."""
+        return self.heads.out if self.heads else str((self.training or {})["output_dir"])
 
 
 class _Loader(yaml.SafeLoader):

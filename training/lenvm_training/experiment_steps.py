@@ -182,10 +182,9 @@ def train(experiment: Experiment, _: Sequence[str]) -> None:
         print_figures(train_lenvm(LenVMRun(model, experiment.data, experiment.training, target)))
         return
     assert experiment.heads is not None
-    rows, held_out = (
-        select_rollouts(load_rollouts(paths), experiment.data)
-        for paths in (experiment.data.rollouts, experiment.data.eval_rollouts)
-    )
+    data = experiment.data
+    rows = select_rollouts(load_rollouts(data.rollouts), data)
+    held_out = select_rollouts(load_rollouts(data.eval_rollouts), DataSettings((), max_tokens=data.max_tokens))
     folder, name = resolve_folder(model.backbone), model.base_name or model.backbone
     print_figures(train_heads(experiment.heads, folder, name, target.gamma, as_lists(rows), as_lists(held_out)))
 
@@ -198,9 +197,7 @@ def evaluate(experiment: Experiment, _: Sequence[str]) -> None:
     settings = experiment.evaluation
     if settings is None:
         raise ConfigError("evaluation: missing")
-    trained = (
-        experiment.heads.out if experiment.heads else f"{(experiment.training or {})['output_dir']}/{RESULT_FOLDER}"
-    )
+    trained = experiment.output_dir if experiment.heads else f"{experiment.output_dir}/{RESULT_FOLDER}"
     rows = select_rollouts(load_rollouts(experiment.data.eval_rollouts), DataSettings(()))
     fit = select_rollouts(
         load_rollouts(experiment.data.rollouts), replace(experiment.data, max_prompts=settings.max_fit_prompts)

@@ -1,7 +1,7 @@
 """Ablations and scaling curves: several trainings that differ in some keys, evaluated on the same prompts.
 
 A sweep file names a ``base`` configuration, common ``set`` keys, and ``variants``: a name and the keys it sets.
-Runs that are complete are not run again.
+Runs that are complete are not run again. Variants of heads share the states in the base's ``heads.work``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from lenvm_training.config import ConfigError, Experiment, apply_overrides, buil
 
 SHOWN = ("tau", "mre", "mse")
 STATE_FIGURES = ("mse", "mre_50", "tau_50")
+SETTINGS_FILE = "experiment.json"
+DECISIVE = {"model", "data", "target", "training", "heads", "evaluation"}
+"""Sections of an experiment that its figures depend on."""
 
 
 @dataclass(frozen=True)
@@ -52,20 +55,29 @@ def variant_experiments(sweep: Sweep, where: Path, overrides: list[str]) -> dict
     base = load_yaml(where.parent / sweep.base)
     experiments = {}
     for name, keys in sweep.variants.items():
-        own = {"training.output_dir": f"{sweep.out}/{name}", "evaluation.out": f"{sweep.out}/{name}/evaluation"}
-        assignments = _assignments(sweep.set) + overrides + _assignments(keys) + _assignments(own)
-        experiments[name] = build_experiment(apply_overrides(base, assignments), f"{where}: {name}")
+        content = apply_overrides(base, _assignments(sweep.set) + overrides + _assignments(keys))
+        own = _own_folders(f"{sweep.out}/{name}", content.get("heads") is not None)
+        experiments[name] = build_experiment(apply_overrides(content, _assignments(own)), f"{where}: {name}")
     return experiments
+
+
+def _own_folders(folder: str, has_heads: bool) -> dict[str, str]:
+    result = {"heads.out": f"{folder}/head"} if has_heads else {"training.output_dir": folder}
+    return result | {"evaluation.out": f"{folder}/evaluation"}
 
 
 def run_sweep(
     sweep: Sweep, experiments: Mapping[str, Experiment], run: Callable[[Experiment], None], say: Callable[[str], None]
 ) -> dict[str, dict[str, float]]:
-    """``run`` (train and evaluate) what is not complete; writes table and plot, returns the figures by variant."""
+    """``run`` (train and evaluate) what is not complete; writes table and plot, returns the figures by variant.
+
+    Raises ConfigError for a folder that holds a run of other settings.
+    """
     results = {}
     for name, experiment in experiments.items():
         assert experiment.evaluation is not None
         path = Path(experiment.evaluation.out) / "evaluation.json"
+        _claim(path, experiment)
         if not path.exists():
             say(f"{sweep.name}: {name}")
             run(experiment)
@@ -74,14 +86,26 @@ def run_sweep(
     return results
 
 
+def _claim(evaluation: Path, experiment: Experiment) -> None:
+    """Keep the settings beside the evaluation to come; one that is there must be of the same."""
+    path = evaluation.with_name(SETTINGS_FILE)
+    settings = TypeAdapter(Experiment).dump_json(experiment, indent=2, include=DECISIVE).decode() + "\n"
+    if evaluation.exists() and not (path.exists() and path.read_text() == settings):
+        raise ConfigError(f"{evaluation}: is of other settings than the sweep's now ({path.name}); set another 'out'")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(settings)
+
+
 def _figures(evaluation: dict[str, Any]) -> dict[str, float]:
     boundary = {f"boundary {name}": evaluation["boundary"]["lenvm"][name] for name in SHOWN}
-    return boundary | {f"states {name}": evaluation["states"][name] for name in STATE_FIGURES}
+    states = {f"states {name}": evaluation["states"][name] for name in STATE_FIGURES}
+    served = {f"served {name}": value for name, value in evaluation["served"].get("all", {}).items()}
+    return boundary | states | served
 
 
 def _write(sweep: Sweep, results: dict[str, dict[str, float]]) -> None:
     out = Path(sweep.out)
-    columns = list(next(iter(results.values())))
+    columns = [name for name in next(iter(results.values())) if all(name in row for row in results.values())]
     lines = [f"| {sweep.name} | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(f'{row[column]:.4g}' for column in columns)} |" for name, row in results.items()]
     out.mkdir(parents=True, exist_ok=True)
