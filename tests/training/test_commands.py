@@ -268,6 +268,26 @@ def full_disk(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.kind=full", ""),
+        ("model.kind=head", "lenvm: the result is for comparison only: a value head alone cannot be served"),
+        ("target.space=length", "lenvm: the result is for comparison only: predicts length;"),
+    ],
+)
+def test_training_says_when_its_result_cannot_be_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, said: str
+) -> None:
+    config = write_config(tmp_path)
+    write_rows(tmp_path / "rollouts.jsonl", make_rows(4))
+    write_rows(tmp_path / "eval.jsonl", make_rows(4, 1))
+    assert commands.train([config, override, "training.max_steps=1"]) == 0
+    error = capsys.readouterr().err
+    assert said in error
+    assert said or "comparison only" not in error
+
+
 @pytest.mark.parametrize("size", [20_000, 90_000])
 def test_a_full_disk_stops_training_and_it_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int

@@ -7,17 +7,25 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from lenvm_kernels.checkpoint import load_value_head
+from lenvm_kernels.checkpoint_files import CheckpointError
+from lenvm_runtime.value_model.source import check_vocabulary, read_source
+from lenvm_runtime.value_model.weights import LoraAdapter, backbone_weights, check_complete, mark_missing
 from lenvm_training.lenvm_trainer import LenVMRun, LenVMTrainer, last_checkpoint, train_lenvm, training_arguments
 from lenvm_training.model import LoraSettings, ModelSettings, build_lenvm, load_lenvm
 from lenvm_training.rollout_data import DataSettings, RolloutCollator, RolloutDataset
 from lenvm_training.targets import TargetConfig
-from tiny import make_backbone, make_rows, write_rows
+from tiny import make_backbone, make_rows, make_tokenizer, write_rows
 
 TARGET = TargetConfig(gamma=0.9)
 
@@ -26,6 +34,7 @@ def make_run(folder: Path, kind: str = "full", name: str = "run", **training: An
     backbone = folder / "backbone"
     if not backbone.exists():
         make_backbone(backbone)
+    if not (folder / "train.jsonl").exists():
         write_rows(folder / "train.jsonl", make_rows(12, 0))
         write_rows(folder / "eval.jsonl", make_rows(8, 1))
     settings = {
@@ -142,6 +151,59 @@ def test_two_devices_give_the_gradients_of_one(tmp_path: Path) -> None:
         split = torch.load(tmp_path / f"gradients-{rank}.pt")
         for name, gradient in whole.items():
             torch.testing.assert_close(split[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def shards(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights in the order of their names in the files, as an engine streams them."""
+    for path in sorted(folder.glob("model*.safetensors")):
+        yield from load_file(path).items()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_engine_reads_the_result_as_it_was_trained(tmp_path: Path, kind: str, tied: bool) -> None:
+    make_backbone(tmp_path / "backbone", tied=tied)
+    run = make_run(tmp_path, kind)
+    train_lenvm(run)
+    folder = tmp_path / "run" / "lenvm"
+    source = read_source(folder)
+    assert source.gamma == TARGET.gamma
+    base = Path(source.find_backbone("elsewhere", "another name"))
+    assert base == (folder if kind == "full" else tmp_path / "backbone")
+    weights = backbone_weights(shards(base), tied)
+    if source.adapter is not None:
+        weights = LoraAdapter(source.adapter).merge(weights)
+    served = AutoModel.from_config(AutoConfig.from_pretrained(base), dtype=torch.float32).eval()
+    mark_missing(served)
+    served.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights}, strict=True)
+    check_complete(served)
+    vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+    check_vocabulary(vocabulary, make_tokenizer().get_vocab(), served.config.vocab_size)
+    ids = torch.tensor([[2, 5, 9, 1, 3, 11, 12]])
+    value_head = load_value_head(folder, 32)
+    with torch.inference_mode():
+        values = value_head(served(ids).last_hidden_state)
+        trained = load_lenvm(folder)(ids, torch.ones_like(ids)).predictions
+        untrained = value_head(AutoModel.from_pretrained(tmp_path / "backbone").eval()(ids).last_hidden_state)
+    torch.testing.assert_close(values, trained, atol=1e-5, rtol=1e-5)
+    assert (untrained - trained).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "space", "reason"),
+    [
+        ("head", "discounted_return", "a value head alone cannot be served"),
+        ("lora", "log_length", "predicts log_length"),
+    ],
+)
+def test_a_result_that_the_engine_refuses_says_so(tmp_path: Path, kind: str, space: str, reason: str) -> None:
+    run = make_run(tmp_path, kind)
+    train_lenvm(replace(run, target=TargetConfig(space=space, gamma=0.9)))
+    folder = tmp_path / "run" / "lenvm"
+    with pytest.raises(CheckpointError):
+        read_source(folder)
+    assert reason in load_lenvm(folder, base_model=run.model.backbone).lenvm_config.serving_obstacle
+    assert f"Only for comparison: {reason}" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "head"])

@@ -15,7 +15,7 @@ from lenvm_kernels.checkpoint import load_head
 from lenvm_kernels.checkpoint_files import CANDIDATE_FILE
 from lenvm_training.config import ConfigError, Experiment, PromptSettings, RolloutSettings
 from lenvm_training.endpoints import EngineError, Retry
-from lenvm_training.model import default_device, load_language_model, load_lenvm, resolve_folder
+from lenvm_training.model import LenVMConfig, default_device, load_language_model, load_lenvm, resolve_folder
 from lenvm_training.prompt_sources import load_prompts, split_prompts
 from lenvm_training.prompts import Prompt, read_prompts, template_prompts
 from lenvm_training.rollout_data import DataSettings, load_rollouts, select_rollouts
@@ -179,6 +179,9 @@ def train(experiment: Experiment, _: Sequence[str]) -> None:
 
     model, target = experiment.model, experiment.target
     if experiment.training is not None:
+        obstacle = LenVMConfig(model.kind, model.backbone, model.served_model, target).serving_obstacle
+        if obstacle:
+            say(f"the result is for comparison only: {obstacle}")
         print_figures(train_lenvm(LenVMRun(model, experiment.data, experiment.training, target)))
         return
     assert experiment.heads is not None

@@ -1,4 +1,5 @@
 """Trains a `model.LenVM` on rollouts with transformers' Trainer, and leaves a folder that can be served.
+`model.LenVMConfig.serving_obstacle` names the kinds and targets that cannot.
 
 Everything of the Trainer's own stays its own (schedules, bf16, gradient accumulation, FSDP and DeepSpeed
 through its arguments, TensorBoard); added are the LenVM folder as the form of its checkpoints, and the
@@ -199,7 +200,7 @@ def _complete_result(
     recorded = model.lenvm_config
     names = {"backbone": recorded.base_model, "served_model": recorded.served_model}
     settings = {"model": asdict(run.model) | names, "target": asdict(run.target), "training": run.training}
-    write_lenvm_card(folder, settings, trainer.train_dataset, trainer.eval_dataset, figures)
+    write_lenvm_card(folder, settings, trainer.train_dataset, trainer.eval_dataset, figures, recorded.serving_obstacle)
 
 
 def _convert_weights(folder: Path, kind: str, dtype: torch.dtype) -> None:

@@ -86,15 +86,20 @@ def write_lenvm_card(
     train: RolloutDataset,
     held_out: RolloutDataset | None,
     figures: dict[str, float],
+    serving_obstacle: str,
 ) -> None:
-    """Write ``README.md`` of a LenVM folder: what it predicts, from what data, with what settings and figures."""
+    """Write ``README.md`` of a LenVM folder: what it predicts, from what data, with what settings and figures.
+
+    ``serving_obstacle``: why it cannot be served; empty when it can.
+    """
     table = "\n".join(f"| `{name}` | {value:.4f} |" for name, value in figures.items())
     held = f"Held out (other prompts): {_describe(held_out.rows)}" if held_out else "Nothing was held out."
+    use = f"Only for comparison: {serving_obstacle}." if serving_obstacle else "Served by `lenvm serve --lenvm FOLDER`."
     (folder / CARD_FILE).write_text(
         f"""# LenVM for {settings["model"]["served_model"]}
 
 Length Value Model ({settings["model"]["kind"]}, backbone {settings["model"]["backbone"]}): predicts at every token how
-much of the answer is still to come. It describes the served model sampled as below.
+much of the answer is still to come. It describes the served model sampled as below. {use}
 
 ## Data
 
