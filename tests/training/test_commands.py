@@ -95,6 +95,11 @@ def test_an_experiment_from_prompts_to_figures(tmp_path: Path, capsys: pytest.Ca
     assert figures["num_prompts"] == len(held_out)
     assert set(figures["boundary"]) == {"lenvm", "constant", "prompt_length", "ridge_probe"}
     assert "mse_position" in capsys.readouterr().out
+    evaluated = Path("run/lenvm/README.md").read_text()
+    assert evaluated.startswith("---\nlibrary_name: transformers\n")
+    assert "| words, lenvm |" in evaluated
+    assert commands.evaluate([config, "evaluation.lenvm=run/lenvm", "evaluation.min_samples=3"]) == 0
+    assert Path("run/lenvm/README.md").read_text() == evaluated, "what is named is not written into"
 
 
 def test_files_are_converted_and_thinned_out(tmp_path: Path) -> None:
@@ -122,6 +127,7 @@ def test_heads_on_frozen_states_are_trained_by_the_same_command(tmp_path: Path) 
     assert json.loads(Path("head/lenvm_config.json").read_text())["num_bins"] == 8
     assert commands.evaluate([config]) == 0
     assert json.loads(Path("run/evaluation/evaluation.json").read_text())["served"]["all"]["mean_width"] > 0
+    assert "## Prompt boundary by domain" in Path("head/README.md").read_text()
 
 
 def test_the_steps_by_flags_train_heads_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

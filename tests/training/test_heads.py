@@ -21,11 +21,12 @@ from lenvm_kernels.length_value import bin_edges, bin_index, bin_lengths
 
 torchvision_schema.declare_if_missing()
 
+from huggingface_hub import ModelCard  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from lenvm_training.evaluation import evaluate_head  # noqa: E402
 from lenvm_training.features import StateTable, extract_states  # noqa: E402
-from lenvm_training.model_card import write_model_card  # noqa: E402
+from lenvm_training.model_card import add_evaluation, front_matter, write_model_card  # noqa: E402
 from lenvm_training.trainer import TrainSettings, length_nll, train_head  # noqa: E402
 
 LAYERS = (0,)
@@ -159,13 +160,57 @@ def test_training_learns_and_the_folder_round_trips(model: Any, tmp_path: Path) 
     assert 0 <= figures["interval_coverage"] <= 1
     folder = tmp_path / "head"
     save_head(head, folder)
-    write_model_card(folder, CONFIG, settings, train_rows, held_rows, figures)
+    write_model_card(folder, CONFIG, settings, train_rows, held_rows, figures, tmp_path)
+    card = ModelCard.load(folder / "README.md")
+    expected = {"library_name": "lenvm", "license": "unknown", "tags": ["lenvm", "length-prediction"]}
+    assert card.data.to_dict() == expected
+    assert card.text.strip().startswith("# LenVM head for tiny")
     assert json.loads((folder / "figures.json").read_text()) == figures
     loaded = load_head(folder)
     assert loaded.config == CONFIG
     features = torch.randn(3, CONFIG.num_features)
     assert torch.equal(loaded.value_head(features[:, :32]), head.value_head(features[:, :32]))
     assert torch.equal(loaded.candidate_head.state_logprobs(features), head.candidate_head.state_logprobs(features))
+
+
+@pytest.mark.parametrize(
+    ("kind", "base_model", "library", "named"),
+    [
+        ("full", "org/base", "transformers", True),
+        ("lora", "org/base", "peft", True),
+        ("head", "./base", "lenvm", False),
+        ("lora", "data/base", "peft", False),
+        ("lora", "~/models/base", "peft", False),
+        ("full", "base", "transformers", False),
+    ],
+)
+def test_front_matter_is_what_the_hub_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, base_model: str, library: str, named: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    backbone = tmp_path / "data" / "base"
+    backbone.mkdir(parents=True)
+    (backbone / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+    data = ModelCard(front_matter(kind, base_model, backbone) + "# Card").data
+    assert data.license == "apache-2.0"
+    assert data.library_name == library
+    assert data.base_model == (base_model if named else None)
+
+
+@pytest.mark.parametrize("text", ["# Without front matter", "---\nlicense: [\n---\n", "---\n- a\n---\n"])
+def test_a_base_model_of_unknown_license(tmp_path: Path, text: str) -> None:
+    (tmp_path / "README.md").write_text(text)
+    assert ModelCard(front_matter("full", "org/base", tmp_path)).data.license == "unknown"
+
+
+def test_an_evaluation_takes_the_place_of_an_older_one(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Card\n\nText\n")
+    for figure in ("0.1", "0.2"):
+        add_evaluation(tmp_path, f"# Evaluation\n\n## Boundary\n\n{figure}\n")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "mit"
+    body = "# Card\n\nText\n\n<!-- lenvm evaluate -->\n## Evaluation\n\n### Boundary\n\n0.2\n"
+    assert card.text.strip() == body.strip()
 
 
 def test_the_value_head_is_in_the_published_format(tmp_path: Path) -> None:

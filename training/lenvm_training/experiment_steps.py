@@ -193,9 +193,10 @@ def train(experiment: Experiment, _: Sequence[str]) -> None:
 
 
 def evaluate(experiment: Experiment, _: Sequence[str]) -> None:
-    """Evaluate a LenVM or head; figures and plots go to ``evaluation.out``."""
+    """Evaluate a LenVM or head; figures and plots go to ``evaluation.out``, and into the card of a result of ours."""
     from lenvm_training.lenvm_trainer import RESULT_FOLDER, build_collator
-    from lenvm_training.prompt_evaluation import evaluate_prompts
+    from lenvm_training.model_card import CARD_FILE, add_evaluation
+    from lenvm_training.prompt_evaluation import MARKDOWN_FILE, evaluate_prompts
 
     settings = experiment.evaluation
     if settings is None:
@@ -216,6 +217,8 @@ def evaluate(experiment: Experiment, _: Sequence[str]) -> None:
     collator = build_collator(model, backbone)
     head = load_head(source) if (source / CANDIDATE_FILE).exists() else None
     result = evaluate_prompts(model, probe, rows, fit, collator, settings.min_samples, space, out, head)
+    if not settings.lenvm and (source / CARD_FILE).exists():
+        add_evaluation(source, (out / MARKDOWN_FILE).read_text())
     shown = ("boundary", "served", "coverage", "states")
     print_figures({name: getattr(result, name) for name in shown})
 

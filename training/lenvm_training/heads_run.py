@@ -62,7 +62,7 @@ def train_heads(
     head = train_head(config, train, validation, layers, embeddings, optimisation)
     figures = evaluate_head(head, train, held_out, layers, held_rollouts)
     save_head(head, out)
-    write_model_card(out, config, optimisation, rollouts, held_rollouts, figures)
+    write_model_card(out, config, optimisation, rollouts, held_rollouts, figures, backbone)
     return figures
 
 

@@ -200,7 +200,8 @@ def _complete_result(
     recorded = model.lenvm_config
     names = {"backbone": recorded.base_model, "served_model": recorded.served_model}
     settings = {"model": asdict(run.model) | names, "target": asdict(run.target), "training": run.training}
-    write_lenvm_card(folder, settings, trainer.train_dataset, trainer.eval_dataset, figures, recorded.serving_obstacle)
+    backbone, obstacle = resolve_folder(run.model.backbone), recorded.serving_obstacle
+    write_lenvm_card(folder, settings, trainer.train_dataset, trainer.eval_dataset, figures, backbone, obstacle)
 
 
 def _convert_weights(folder: Path, kind: str, dtype: torch.dtype) -> None:

@@ -1,13 +1,20 @@
-"""The model card of a head, written from the figures of the run that made it."""
+"""The model card of a head, written from the figures of the run that made it.
+
+Its front matter is what the hub reads: the license is that of the base model's own card, ``unknown`` without one.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
 from lenvm_kernels.heads import HeadConfig
 from lenvm_training.rollout_data import RolloutDataset
@@ -16,6 +23,10 @@ from lenvm_training.trainer import TrainSettings
 
 CARD_FILE = "README.md"
 FIGURES_FILE = "figures.json"
+TAGS = ["lenvm", "length-prediction"]
+LIBRARIES = {"full": "transformers", "lora": "peft", "head": "lenvm"}
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_EVALUATION_MARK = "<!-- lenvm evaluate -->"
 _ROWS = (
     ("value_mse", "value head: MSE of V(s_t) against the realised return"),
     ("value_mse_distribution", "the same for the mean of the predicted distribution"),
@@ -42,12 +53,13 @@ def write_model_card(
     rollouts: Sequence[dict[str, Any]],
     held_rollouts: Sequence[dict[str, Any]],
     figures: dict[str, float],
+    backbone: Path,
 ) -> None:
-    """Write ``README.md`` and ``figures.json`` beside the weights."""
+    """Write ``README.md`` and ``figures.json`` beside the weights. ``backbone``: the served model's folder."""
     (folder / FIGURES_FILE).write_text(json.dumps(figures, indent=2) + "\n")
     table = "\n".join(f"| {label} | {figures[name]:.4f} |" for name, label in _ROWS)
     (folder / CARD_FILE).write_text(
-        f"""# LenVM head for {config.base_model}
+        f"""{front_matter("head", config.base_model, backbone)}# LenVM head for {config.base_model}
 
 Predicts, from the frozen model's hidden states, how much of its answer is still to come: a value head
 (published LenVM form) and a candidate head (distribution of the remaining length after each candidate
@@ -86,17 +98,19 @@ def write_lenvm_card(
     train: RolloutDataset,
     held_out: RolloutDataset | None,
     figures: dict[str, float],
+    backbone: Path,
     serving_obstacle: str,
 ) -> None:
     """Write ``README.md`` of a LenVM folder: what it predicts, from what data, with what settings and figures.
 
-    ``serving_obstacle``: why it cannot be served; empty when it can.
+    ``backbone``: the folder it was trained from; ``serving_obstacle``: why it cannot be served; empty when it can.
     """
     table = "\n".join(f"| `{name}` | {value:.4f} |" for name, value in figures.items())
     held = f"Held out (other prompts): {_describe(held_out.rows)}" if held_out else "Nothing was held out."
+    front = front_matter(settings["model"]["kind"], settings["model"]["backbone"], backbone)
     use = f"Only for comparison: {serving_obstacle}." if serving_obstacle else "Served by `lenvm serve --lenvm FOLDER`."
     (folder / CARD_FILE).write_text(
-        f"""# LenVM for {settings["model"]["served_model"]}
+        f"""{front}# LenVM for {settings["model"]["served_model"]}
 
 Length Value Model ({settings["model"]["kind"]}, backbone {settings["model"]["backbone"]}): predicts at every token how
 much of the answer is still to come. It describes the served model sampled as below. {use}
@@ -123,6 +137,33 @@ length in tokens; `mse` and `calibration_error` are in the target space.
 {table}
 """
     )
+
+
+def add_evaluation(folder: Path, evaluation: str) -> None:
+    """Put the figures of ``lenvm evaluate`` (Markdown) at the end of the card in ``folder``, in place of older ones."""
+    path = folder / CARD_FILE
+    card, _, _ = path.read_text(encoding="utf-8").partition(_EVALUATION_MARK)
+    section = re.sub("^#", "##", evaluation, flags=re.MULTILINE)
+    path.write_text(f"{card.rstrip()}\n\n{_EVALUATION_MARK}\n{section}", encoding="utf-8")
+
+
+def front_matter(kind: str, base_model: str, backbone: Path) -> str:
+    """The card's YAML block. A ``base_model`` that is no hub name is left out: the hub refuses it."""
+    is_hub_name = _HUB_NAME.fullmatch(base_model) and not Path(base_model).exists()
+    data = ModelCardData(
+        library_name=LIBRARIES[kind],
+        base_model=base_model if is_hub_name else None,
+        license=_license(backbone / CARD_FILE),
+        tags=TAGS,
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _license(card: Path) -> str:
+    try:
+        return str(ModelCard.load(card).data.license or "unknown")
+    except (OSError, ValueError, yaml.YAMLError):
+        return "unknown"
 
 
 def _describe_sampling(rollouts: Sequence[dict[str, Any]]) -> str:

@@ -37,6 +37,7 @@ INTERVAL_LEVELS = (0.1, 0.9)
 SERVED_BINS = 64
 """Length bins that the engine spreads a LenVM's value over (``lenvm_runtime.value_model.step.NUM_BINS``)."""
 POSITION_BINS = 40
+MARKDOWN_FILE = "evaluation.md"
 
 
 @torch.inference_mode()
@@ -350,7 +351,7 @@ def _write(evaluation: Evaluation, folder: Path) -> None:
     domains = {f"{domain}, {name}": row for domain, rows in evaluation.domains.items() for name, row in rows.items()}
     served = _table("domain", evaluation.served) if evaluation.served else "None: this LenVM cannot be served."
     (folder / "evaluation.json").write_text(json.dumps(vars(evaluation), indent=2) + "\n")
-    (folder / "evaluation.md").write_text(
+    (folder / MARKDOWN_FILE).write_text(
         f"""# Evaluation
 
 {evaluation.num_prompts} prompts, {evaluation.num_samples} finished samples of them; {evaluation.censored_share:.1%} of
