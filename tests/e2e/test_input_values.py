@@ -50,7 +50,8 @@ async def test_values_of_prompts_and_candidates_equal_an_offline_forward(
     texts = ["The", "Bread is made of flour and water.", " ".join(f"Step {i}: knead the dough." for i in range(30))]
     prompts = [tokenizer(text)["input_ids"] for text in texts]
     assert len(prompts[2]) > 128
-    generation = {"input_ids": prompts[2][:90], "sampling_params": {"max_new_tokens": 30, "temperature": 1.0}}
+    sampling = {"max_new_tokens": 30, "temperature": 1.0, "ignore_eos": True}
+    generation = {"input_ids": prompts[2][:90], "sampling_params": sampling}
     async with httpx.AsyncClient(timeout=300) as client:
         beside = asyncio.create_task(client.post(f"{stack.engine_url}/generate", json=generation))
         first = await ask(stack, model_name, input=prompts, candidates=[CANDIDATES] * 3)

@@ -42,7 +42,8 @@ def make_runner() -> Any:
     torch.manual_seed(0)
     config = HeadConfig("x", HIDDEN, VOCABULARY, 0.997, 32, 2048, 8, (), (3,))
     head = Head(config, ValueHead(HIDDEN).requires_grad_(False), CandidateHead(config).requires_grad_(False))
-    return HeadRunner(head, [], torch.randn(VOCABULARY, HIDDEN), lambda rows: rows)
+    closing = torch.arange(VOCABULARY) % 5 == 1
+    return HeadRunner(head, [], torch.randn(VOCABULARY, HIDDEN), lambda rows: rows, closing)
 
 
 def make_sampling(**tensors: Tensor) -> Any:
@@ -97,7 +98,7 @@ def test_unguided_rows_get_sglangs_own_tokens_beside_guided_ones(filters: str) -
 
     stock = sample(Sampler(), make_sampling(**FILTERS[filters]), logits, positions)
     sampling = make_sampling(**FILTERS[filters])
-    sampling.lenvm_step = HeadStep(make_runner(), control, features, torch.arange(NUM_ROWS))
+    sampling.lenvm_step = HeadStep(make_runner(), control, features, torch.arange(NUM_ROWS), torch.arange(NUM_ROWS))
     ours = sample(LenVMSampler(), sampling, logits, positions)
 
     unguided = torch.tensor([choice in UNGUIDED for choice in CONTROLS])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lenvm_runtime import default_model
 from lenvm_training.config import ConfigError, Experiment, apply_overrides, build_experiment, load_experiment, load_yaml
 from lenvm_training.lenvm_trainer import training_arguments
 from lenvm_training.reference_config import convert_reference
@@ -190,3 +191,11 @@ def test_a_sweep_runs_what_is_missing_and_makes_its_table(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=r"evaluation.json: is of other settings than the sweep's now"):
         run_sweep(sweep, experiments, run, ran.append)
     assert len(ran) == 4
+
+
+def test_the_default_models_configurations_name_the_folder_that_it_is_converted_to() -> None:
+    folder = f"{default_model.MODEL_NAME}-v{default_model.CONVERSION_VERSION}"
+    for name in ("smollm2-heads", "smollm2-lora"):
+        experiment = load_experiment(CONFIGS / f"{name}.yaml")
+        assert Path(experiment.model.served_model or "").name == folder
+        assert Path(experiment.model.backbone).name == folder
