@@ -6,7 +6,7 @@ normalised states of middle layers: [rows, num_features].
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,9 @@ class HeadConfig:
 
     * ``gamma``: discount of the value map; ``num_bins`` and ``max_length``: the remaining-length bins;
     * ``feature_layers``: outputs of these decoder layers (0-based) are joined to the final state;
-    * ``eos_token_ids``: tokens that end an answer (value 0 as candidates).
+    * ``eos_token_ids``: tokens that end an answer (value 0 as candidates);
+    * ``sampling``: settings that all answers it learned from were sampled with (temperature, top_p, ...): its lengths
+      are those of answers sampled so.
     """
 
     base_model: str
@@ -32,6 +34,7 @@ class HeadConfig:
     rank: int
     feature_layers: tuple[int, ...]
     eos_token_ids: tuple[int, ...]
+    sampling: dict[str, float] = field(default_factory=dict)
 
     @property
     def num_features(self) -> int:

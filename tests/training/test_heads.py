@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from lenvm_training.evaluation import evaluate_head  # noqa: E402
 from lenvm_training.features import StateTable, extract_states  # noqa: E402
+from lenvm_training.heads_run import shared_sampling  # noqa: E402
 from lenvm_training.model_card import add_evaluation, front_matter, write_model_card  # noqa: E402
 from lenvm_training.trainer import TrainSettings, length_nll, train_head  # noqa: E402
 
@@ -267,3 +268,9 @@ def test_middle_layers_are_scaled_to_unit_root_mean_square() -> None:
     features = join_features(torch.zeros(3, 4), [100 * torch.randn(3, 4)])
     assert features.shape == (3, 8)
     torch.testing.assert_close(features[:, 4:].square().mean(-1), torch.ones(3), atol=1e-3, rtol=1e-3)
+
+
+def test_a_head_says_how_its_answers_were_sampled() -> None:
+    rows = [{"sampling": {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": cap}} for cap in (512, 512, 640)]
+    assert shared_sampling(rows) == {"temperature": 1.0, "top_p": 0.9}
+    assert shared_sampling(rows[:2]) == {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 512}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -56,7 +57,7 @@ def train_heads(
     in_validation = torch.tensor([_is_validation(row["prompt_id"]) for row in rollouts])[states.rollout]
     train, validation = states.select(~in_validation), states.select(in_validation)
     held_out = extract_states(model, held_rollouts, layers, settings.states, work / "eval")
-    config = _head_config(settings, model, base_model, gamma)
+    config = _head_config(settings, model, base_model, gamma, shared_sampling(rollouts))
     optimisation = TrainSettings(epochs=settings.epochs)
     embeddings = model.get_input_embeddings().weight.detach().cpu()
     head = train_head(config, train, validation, layers, embeddings, optimisation)
@@ -66,7 +67,15 @@ def train_heads(
     return figures
 
 
-def _head_config(settings: HeadsSettings, model: Any, base_model: str, gamma: float) -> HeadConfig:
+def shared_sampling(rollouts: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The sampling settings that every completion has."""
+    first, *others = (row["sampling"] for row in rollouts)
+    return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
+
+
+def _head_config(
+    settings: HeadsSettings, model: Any, base_model: str, gamma: float, sampling: dict[str, float]
+) -> HeadConfig:
     eos = model.generation_config.eos_token_id
     return HeadConfig(
         base_model=base_model,
@@ -78,6 +87,7 @@ def _head_config(settings: HeadsSettings, model: Any, base_model: str, gamma: fl
         rank=settings.rank,
         feature_layers=settings.layers,
         eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
+        sampling=sampling,
     )
 
 
