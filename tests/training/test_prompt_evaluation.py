@@ -88,7 +88,8 @@ def test_the_interval_of_a_lenvm_is_the_engines() -> None:
     gamma = 0.99
     values = torch.linspace(-0.999, -0.01, 50)
     source = SimpleNamespace(gamma=gamma)
-    guide = ValueGuide(SimpleNamespace(device="cpu", source=source), [1], int(length_from_value(-1.0, gamma)))
+    runner, max_length = SimpleNamespace(device="cpu", source=source), int(length_from_value(-1.0, gamma))
+    guide = ValueGuide(runner, [1], torch.zeros(64, dtype=torch.bool), max_length)
     served = guide.predictions(values)[:, 1:].round().numpy()
     np.testing.assert_array_equal(assumed_intervals(length_from_value(values, gamma).double().numpy(), gamma), served)
 
@@ -106,7 +107,7 @@ def test_the_interval_of_a_head_is_the_engines(tmp_path: Path) -> None:
     head, model = head_and_model(tmp_path)
     prompts = group_samples(make_rows(8), 1)
     intervals = served_intervals(model, head, prompts, np.ones(8), RolloutCollator(0))
-    runner = HeadRunner(head, [], torch.zeros(64, 32), lambda table: table)
+    runner = HeadRunner(head, [], torch.zeros(64, 32), lambda table: table, torch.zeros(64, dtype=torch.bool))
     with torch.inference_mode():
         for prompt, interval in zip(prompts, intervals, strict=True):
             ids = torch.tensor([list(prompt.row["prompt_token_ids"])])
