@@ -28,7 +28,7 @@ CONTROLS = (
     LengthControl("equal", target=40),
     LengthControl("at_least", target=90, strategy="hard"),
     LengthControl("at_most", target=20),
-    LengthControl("tilt", beta=8.0),
+    LengthControl("tilt", beta=8.0, min_value=-0.5),
     LengthControl("target_mean", factor=0.8),
     LengthControl("scale", factor=0.5, entropy_threshold=0.3),
 )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lenvm_kernels.length_control import Mode, Strategy
+from lenvm_kernels.value_bound import NO_MIN_VALUE
 from lenvm_runtime.guidance import GuidedRows
 from lenvm_runtime.length_control import LengthControl
 
@@ -22,7 +23,8 @@ _MODE_CODES = {
 }
 _MEAN_CODES = {None: Mode.MEAN_TARGET, "length": Mode.MEAN_LENGTH_FACTOR, "value": Mode.MEAN_VALUE_FACTOR}
 _STRATEGY_CODES = {"natural": Strategy.NATURAL, "hard": Strategy.HARD}
-_TENSORS = ("mode", "strategy", "target", "factor", "beta", "entropy_threshold", "prompt_len")
+_TENSORS = ("mode", "strategy", "target", "factor", "beta", "entropy_threshold", "min_value", "prompt_len")
+_HOST_LISTS = ("mean", "bounded", "max_candidates")
 
 MAX_CANDIDATES = 32
 _GREEDY_TOP_K = 1
@@ -33,14 +35,15 @@ class ControlBatch:
     """Controls of a batch of B rows. Invariant: every tensor is [B] and row-aligned with the batch.
 
     ``guided`` (host) says which rows are under control, ``mean`` (host) which of them ask for a mean
-    value; ``rows`` (device, int64) lists the guided ones and is rebuilt when the batch changes, never
-    within a step. ``max_candidates`` (host): at most so many candidates a row has beside EOS ids, 0 without
-    control. Rows of mode EQUAL with ``factor`` > 0 have their ``target`` set at the prompt
-    boundary, as factor times the predicted length.
+    value, ``bounded`` (host) which of them have a ``min_value``; ``rows`` (device, int64) lists the guided
+    ones and is rebuilt when the batch changes, never within a step. ``max_candidates`` (host): at most so
+    many candidates a row has beside EOS ids, 0 without control. Rows of mode EQUAL with ``factor`` > 0 have
+    their ``target`` set at the prompt boundary, as factor times the predicted length.
     """
 
     guided: list[bool]
     mean: list[bool]
+    bounded: list[bool]
     max_candidates: list[int]
     rows: Tensor
     mode: Tensor
@@ -49,6 +52,7 @@ class ControlBatch:
     factor: Tensor
     beta: Tensor
     entropy_threshold: Tensor
+    min_value: Tensor
     prompt_len: Tensor
 
     @classmethod
@@ -71,6 +75,7 @@ class ControlBatch:
         return cls(
             guided=guided,
             mean=[control is not None and control.mode == "target_mean" for control in active],
+            bounded=[control is not None and control.min_value is not None for control in active],
             max_candidates=[_max_candidates(k) if c else 0 for c, k in zip(active, top_ks, strict=True)],
             rows=_guided_rows(guided, device),
             mode=tensor([_mode_code(c) if c else Mode.NONE for c in active], torch.int32),
@@ -79,6 +84,7 @@ class ControlBatch:
             factor=tensor([float(c.factor or 0) if c else 0.0 for c in active], torch.float32),
             beta=tensor([float(c.beta or 0) if c else 0.0 for c in active], torch.float32),
             entropy_threshold=tensor([c.entropy_threshold if c else 0.0 for c in active], torch.float32),
+            min_value=tensor([_min_value(c) for c in active], torch.float32),
             prompt_len=tensor(list(prompt_lens), torch.int32),
         )
 
@@ -89,6 +95,7 @@ class ControlBatch:
         return cls(
             guided=[False] * num_rows,
             mean=[False] * num_rows,
+            bounded=[False] * num_rows,
             max_candidates=[0] * num_rows,
             rows=_guided_rows([], device),
             mode=zeros.int(),
@@ -97,6 +104,7 @@ class ControlBatch:
             factor=zeros,
             beta=zeros,
             entropy_threshold=zeros,
+            min_value=zeros + NO_MIN_VALUE,
             prompt_len=zeros.int(),
         )
 
@@ -106,14 +114,14 @@ class ControlBatch:
         if not any(guided):
             return None
         kept: dict[str, Any] = {name: getattr(self, name)[keep_indices_device] for name in _TENSORS}
-        kept |= {name: [getattr(self, name)[index] for index in keep_indices] for name in ("mean", "max_candidates")}
+        kept |= {name: [getattr(self, name)[index] for index in keep_indices] for name in _HOST_LISTS}
         return ControlBatch(guided=guided, rows=_guided_rows(guided, self.rows.device), **kept)
 
     def concat(self, other: ControlBatch) -> ControlBatch:
         """This batch followed by ``other``."""
         guided = self.guided + other.guided
         joined: dict[str, Any] = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in _TENSORS}
-        joined |= {name: getattr(self, name) + getattr(other, name) for name in ("mean", "max_candidates")}
+        joined |= {name: getattr(self, name) + getattr(other, name) for name in _HOST_LISTS}
         return ControlBatch(guided=guided, rows=_guided_rows(guided, self.rows.device), **joined)
 
     def guided_rows(
@@ -138,6 +146,8 @@ class ControlBatch:
             after_closing=closing_tokens[last_token_ids[rows]],
             closing_tokens=closing_tokens,
             has_mean=any(self.mean),
+            min_value=self.min_value[rows],
+            has_min_value=any(self.bounded),
         )
 
 
@@ -152,6 +162,10 @@ def merge(
 
 def _mode_code(control: LengthControl) -> Mode:
     return _MEAN_CODES[control.scaling] if control.mode == "target_mean" else _MODE_CODES[control.mode]
+
+
+def _min_value(control: LengthControl | None) -> float:
+    return NO_MIN_VALUE if control is None or control.min_value is None else control.min_value
 
 
 def _max_candidates(top_k: int) -> int:

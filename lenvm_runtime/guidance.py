@@ -17,6 +17,7 @@ from lenvm_kernels.length_control import (
     solve_mean_tilt,
     steer_candidates,
 )
+from lenvm_kernels.value_bound import forbid_low_values
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class GuidedRows:
     """The controls of a step's G guided rows: every tensor [G], on the device, but ``closing_tokens`` [vocab] bool.
 
     ``after_closing``: whether the last token closed a sentence.
-    ``has_mean`` (host): whether a row asks for a mean value, whose beta has to be solved for.
+    ``has_mean`` (host): whether a row asks for a mean value, whose beta has to be solved for; ``has_min_value``
+    (host): whether a row has a ``min_value``.
     """
 
     mode: Tensor
@@ -37,6 +39,8 @@ class GuidedRows:
     after_closing: Tensor
     closing_tokens: Tensor
     has_mean: bool
+    min_value: Tensor
+    has_min_value: bool
 
     @property
     def may_end_anywhere(self) -> Tensor:
@@ -45,12 +49,15 @@ class GuidedRows:
 
     def needs_scoring(self, candidates: Candidates) -> Tensor:
         """Rows whose candidates have to be scored: bool [G]. The others are sampled as if they had no control."""
-        return needs_scoring(candidates.logprobs, self.mode, self.beta, self.entropy_threshold)
+        return needs_scoring(candidates.logprobs, self.mode, self.beta, self.entropy_threshold, self.min_value)
 
     def steer(
         self, candidates: Candidates, values: Tensor, bin_logprobs: Tensor, bin_lengths: Tensor, gamma: float
     ) -> Tensor:
         """Steered log-probabilities [G, C], for the candidates' ``values`` [G, C] and ``bin_logprobs`` [G, C, M]."""
+        if self.has_min_value:
+            bounded = forbid_low_values(candidates.logprobs, values, candidates.eos_mask, self.min_value)
+            candidates = candidates._replace(logprobs=bounded)
         return steer_candidates(
             candidates.logprobs,
             values,

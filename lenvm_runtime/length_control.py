@@ -32,7 +32,7 @@ _PARAMETERS_OF = {
     "target_mean": ("target", "factor"),
 }
 _TILTS = ("tilt", "target_mean")
-_FIELDS = ("mode", "target", "beta", "factor", "scaling", "strategy", "entropy_threshold")
+_FIELDS = ("mode", "target", "beta", "factor", "scaling", "strategy", "entropy_threshold", "min_value")
 
 
 class LengthControlError(ValueError):
@@ -57,6 +57,8 @@ class LengthControl:
     ``strategy`` is ``natural`` (reweights the model's own distribution by the chance to end where
     asked) or ``hard`` (the paper's argmin/argmax over candidate values); it does not apply to the tilts.
     ``entropy_threshold`` > 0, in nats: steps whose candidates have a lower entropy are not controlled.
+    ``min_value`` in (-1, 0], with every mode: candidates of a lower value, which lead to more tokens than that value
+    stands for, are not chosen while one of at least that value that does not end the answer is left.
     """
 
     mode: str
@@ -66,11 +68,14 @@ class LengthControl:
     scaling: str | None = None
     strategy: str = "natural"
     entropy_threshold: float = 0.0
+    min_value: float | None = None
 
     @property
     def is_neutral(self) -> bool:
         """Whether this control leaves every distribution as it is."""
-        return (self.mode == "tilt" and self.beta == 0) or (self.mode == "target_mean" and self.factor == 1)
+        return self.min_value is None and (
+            (self.mode == "tilt" and self.beta == 0) or (self.mode == "target_mean" and self.factor == 1)
+        )
 
     @classmethod
     def parse(cls, raw: object, field: str = "length_control") -> LengthControl:
@@ -95,6 +100,7 @@ class LengthControl:
             entropy_threshold=_number(
                 raw.get("entropy_threshold", 0.0), f"{field}.entropy_threshold", 0.0, MAX_ENTROPY
             ),
+            min_value=_min_value(raw.get("min_value"), f"{field}.min_value"),
         )
 
     @classmethod
@@ -123,7 +129,9 @@ class LengthControl:
         fields = {"mode": self.mode, **{name: value for name, value in parameters.items() if value is not None}}
         if self.mode not in _TILTS:
             fields["strategy"] = self.strategy
-        return {**fields, "entropy_threshold": self.entropy_threshold} if self.entropy_threshold else fields
+        if self.entropy_threshold:
+            fields["entropy_threshold"] = self.entropy_threshold
+        return fields if self.min_value is None else {**fields, "min_value": self.min_value}
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +215,15 @@ def _number(raw: object, field: str, low: float, high: float) -> float:
     if isinstance(raw, bool) or not isinstance(raw, int | float) or not math.isfinite(raw) or not low <= raw <= high:
         raise LengthControlError(field, f"must be a number from {low:g} to {high:g}")
     return float(raw)
+
+
+def _min_value(raw: object, field: str) -> float | None:
+    if raw is None:
+        return None
+    number = _number(raw, field, -1.0, 0.0)
+    if number == -1:
+        raise LengthControlError(field, "must be greater than -1")
+    return number
 
 
 def _positive(raw: object, field: str, high: float) -> float:

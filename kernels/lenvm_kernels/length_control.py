@@ -39,6 +39,7 @@ from enum import IntEnum
 import torch
 
 from lenvm_kernels.length_value import MIN_VALUE, length_from_value, value_from_length
+from lenvm_kernels.value_bound import NO_MIN_VALUE
 
 
 class Mode(IntEnum):
@@ -185,15 +186,21 @@ def mean_target(
 
 
 def needs_scoring(
-    candidate_logprobs: torch.Tensor, mode: torch.Tensor, beta: torch.Tensor, entropy_threshold: torch.Tensor
+    candidate_logprobs: torch.Tensor,
+    mode: torch.Tensor,
+    beta: torch.Tensor,
+    entropy_threshold: torch.Tensor,
+    min_value: torch.Tensor,
 ) -> torch.Tensor:
     """Rows whose candidates' values can change anything, and are wanted: bool [B].
 
-    Not: rows under no control (NONE, TILT with beta 0), with at most one candidate, or whose candidates'
-    entropy -sum p log p, in nats, is below entropy_threshold [B] float32 (0: never). A row left out is
-    to be steered with mode NONE. candidate_logprobs [B, C] float32, normalised; mode [B] int32; beta [B].
+    Not: rows under no control (NONE, TILT with beta 0; each without a min_value), with at most one candidate, or
+    whose candidates' entropy -sum p log p, in nats, is below entropy_threshold [B] float32 (0: never). A row left
+    out is to be steered with mode NONE. candidate_logprobs [B, C] float32, normalised; mode [B] int32; beta,
+    min_value [B] float32 (NO_MIN_VALUE: none).
     """
     candidate = candidate_logprobs > -torch.inf
     surprise = torch.where(candidate, -candidate_logprobs.exp() * candidate_logprobs, 0.0)
-    controlled = (mode != Mode.NONE) & ~((mode == Mode.TILT) & (beta == 0))
+    steered = (mode != Mode.NONE) & ~((mode == Mode.TILT) & (beta == 0))
+    controlled = steered | (min_value > NO_MIN_VALUE)
     return controlled & (candidate.sum(-1) > 1) & (surprise.sum(-1) >= entropy_threshold)

@@ -13,6 +13,7 @@ from lenvm_kernels.candidates import Candidates
 from lenvm_kernels.length_control import Mode
 from lenvm_kernels.length_distribution import expected_length, quantile_length
 from lenvm_kernels.length_value import bin_lengths
+from lenvm_kernels.value_bound import NO_MIN_VALUE
 from lenvm_kernels.value_distribution import build_value_table, distribution_from_value
 from lenvm_runtime.control_batch import ControlBatch
 from lenvm_runtime.guidance import GuidedRows
@@ -168,9 +169,11 @@ class ValueStep:
 def scored_candidates(candidates: Candidates, guided: GuidedRows) -> Tensor:
     """Which candidates need the value of their next state: bool [G, C].
 
-    Those of the rows that need scoring, but no EOS, whose value is 0; none of a row whose lower bound is met, or
-    whose prompt is still being read in chunks (``generated`` < 0: its sampled token is dropped).
+    Those of the rows that need scoring, but no EOS, whose value is 0; none of a row whose lower bound is met (and that
+    has no ``min_value``), or whose prompt is still being read in chunks (``generated`` < 0: its sampled token is
+    dropped).
     """
     met = (guided.mode == Mode.AT_LEAST) & (guided.generated + 1 >= guided.target)
+    met &= guided.min_value <= NO_MIN_VALUE
     row_needs = guided.needs_scoring(candidates) & ~met & (guided.generated >= 0)
     return (candidates.logprobs > -torch.inf) & ~candidates.eos_mask & row_needs.unsqueeze(1)

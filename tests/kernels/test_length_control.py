@@ -26,6 +26,7 @@ from lenvm_kernels.length_control import (
     steer_candidates,
 )
 from lenvm_kernels.length_value import bin_lengths, length_from_value, value_from_length
+from lenvm_kernels.value_bound import NO_MIN_VALUE
 
 GAMMA = 0.997
 KERNEL = PreferenceKernel(
@@ -533,9 +534,22 @@ def test_scoring_is_skipped_where_it_cannot_matter_or_is_not_wanted() -> None:
     ]
     logprobs, modes, betas, thresholds, expected = (list(column) for column in zip(*rows, strict=True))
     needed = needs_scoring(
-        torch.tensor(logprobs), torch.tensor(modes), torch.tensor(betas), torch.tensor(thresholds, dtype=torch.float32)
+        torch.tensor(logprobs),
+        torch.tensor(modes),
+        torch.tensor(betas),
+        torch.tensor(thresholds, dtype=torch.float32),
+        torch.full((len(rows),), NO_MIN_VALUE),
     )
     assert needed.tolist() == expected
+
+
+def test_a_least_value_needs_scores_whatever_the_mode() -> None:
+    logprobs = torch.tensor([[0.5, 0.5]]).log().expand(4, -1)
+    modes = torch.tensor([Mode.NONE, Mode.TILT, Mode.NONE, Mode.TILT])
+    min_value = torch.tensor([NO_MIN_VALUE, NO_MIN_VALUE, -0.5, -0.5])
+    assert (
+        needs_scoring(logprobs, modes, torch.zeros(4), torch.zeros(4), min_value).tolist() == [False] * 2 + [True] * 2
+    )
 
 
 def test_nothing_is_read_back_to_the_host() -> None:
@@ -545,7 +559,7 @@ def test_nothing_is_read_back_to_the_host() -> None:
     arguments = (batch.candidate_logprobs, batch.candidate_values, batch.eos_mask)
     wanted = mean_target(*arguments, batch.num_generated, batch.mode, batch.target, batch.beta, GAMMA)
     assert solve_mean_tilt(*arguments, wanted).shape == (17,)
-    assert needs_scoring(batch.candidate_logprobs, batch.mode, batch.beta, batch.beta).shape == (17,)
+    assert needs_scoring(batch.candidate_logprobs, batch.mode, *[batch.beta] * 3).shape == (17,)
 
 
 @pytest.fixture(scope="module")

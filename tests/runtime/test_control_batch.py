@@ -7,6 +7,7 @@ import random
 import torch
 
 from lenvm_kernels.length_control import Mode
+from lenvm_kernels.value_bound import NO_MIN_VALUE
 from lenvm_runtime.control_batch import ControlBatch, merge
 from lenvm_runtime.length_control import LengthControl
 
@@ -19,6 +20,7 @@ CHOICES = (
     LengthControl("tilt", beta=3.0),
     LengthControl("target_mean", target=8, entropy_threshold=0.5),
     LengthControl("target_mean", factor=2.0, scaling="value"),
+    LengthControl("tilt", beta=0.0, min_value=-0.5),
     LengthControl("target_mean", factor=0.5, scaling="length"),
 )
 
@@ -34,10 +36,11 @@ def assert_equal(batch: ControlBatch | None, rows: list[tuple[LengthControl | No
         return
     assert batch.guided == expected.guided
     assert batch.mean == expected.mean
+    assert batch.bounded == expected.bounded
     assert batch.max_candidates == expected.max_candidates
     guided = expected.rows
     assert torch.equal(batch.rows, guided)
-    for name in ("mode", "strategy", "target", "factor", "beta", "entropy_threshold", "prompt_len"):
+    for name in ("mode", "strategy", "target", "factor", "beta", "entropy_threshold", "min_value", "prompt_len"):
         assert torch.equal(getattr(batch, name)[guided], getattr(expected, name)[guided]), name
     assert torch.equal(batch.mode, expected.mode)
 
@@ -64,7 +67,7 @@ def test_a_batch_without_control_costs_nothing() -> None:
 
 
 def test_guided_rows_are_those_under_control_with_their_own_targets() -> None:
-    controls = (LengthControl("equal", target=7), None, LengthControl("scale", factor=0.5), CHOICES[-2], CHOICES[-1])
+    controls = (LengthControl("equal", target=7), None, LengthControl("scale", factor=0.5), CHOICES[-3], CHOICES[-1])
     batch = build([(control, 3) for control in controls])
     assert batch is not None
     targets, last, closing = torch.tensor([11.0, 12.0, 13.0, 14.0, 15.0]), torch.arange(5), torch.arange(9) == 3
@@ -75,6 +78,19 @@ def test_guided_rows_are_those_under_control_with_their_own_targets() -> None:
     assert rows.factor.tolist() == [0.0, 0.5, 2.0, 0.5]
     assert rows.generated.tolist() == [1, 3, 4, 5]
     assert rows.has_mean
+    assert not rows.has_min_value
     kept = batch.filter([0, 2], torch.tensor([0, 2]))
     assert kept is not None
     assert not kept.guided_rows(torch.ones(2), targets[:2], last[:2], closing).has_mean
+
+
+def test_a_least_value_is_its_rows_alone() -> None:
+    batch = build([(None, 3), (LengthControl("equal", target=7), 3), (CHOICES[-2], 3)])
+    assert batch is not None
+    closing = torch.zeros(9, dtype=torch.bool)
+    rows = batch.guided_rows(torch.zeros(3), torch.ones(3), torch.arange(3), closing)
+    assert rows.has_min_value
+    assert rows.min_value.tolist() == [NO_MIN_VALUE, -0.5]
+    filtered = batch.filter([0, 1], torch.tensor([0, 1]))
+    assert filtered is not None
+    assert not filtered.guided_rows(torch.zeros(2), torch.ones(2), torch.arange(2), closing).has_min_value

@@ -23,7 +23,7 @@ CONTROLS = st.one_of(
         strategy=st.sampled_from(["natural", "hard"]),
     ),
     st.builds(LengthControl, st.just("tilt"), beta=st.floats(-1000, 1000), entropy_threshold=st.floats(0, 20)),
-    st.builds(LengthControl, st.just("scale"), factor=st.floats(0.01, 100)),
+    st.builds(LengthControl, st.just("scale"), factor=st.floats(0.01, 100), min_value=st.floats(-0.999, 0)),
     st.builds(LengthControl, st.just("target_mean"), target=st.integers(1, 10_000)),
     st.builds(
         LengthControl,
@@ -84,7 +84,10 @@ def test_max_length_hint_is_short_for_at_most() -> None:
             {"length_control": {"mode": "equal", "target": 5, "entropy_threshold": -1}},
             "length_control.entropy_threshold",
         ),
-        ({"length_control": {"mode": "equal", "target": 5, "min_value": -0.5}}, "length_control.min_value"),
+        ({"length_control": {"mode": "equal", "target": 5, "min_value": -1}}, "length_control.min_value"),
+        ({"length_control": {"mode": "equal", "target": 5, "min_value": 0.5}}, "length_control.min_value"),
+        ({"length_control": {"mode": "equal", "target": 5, "min_value": "low"}}, "length_control.min_value"),
+        ({"length_control": {"min_value": -0.5}}, "length_control.mode"),
     ],
 )
 def test_unusable_fields_are_named(body: dict[str, Any], field: str) -> None:
@@ -104,4 +107,5 @@ def test_beta_zero_and_an_unchanged_mean_are_neutral() -> None:
     assert LengthControl("target_mean", factor=1.0, scaling="value").is_neutral
     assert not LengthControl("target_mean", target=1).is_neutral
     assert not LengthControl("tilt", beta=0.1).is_neutral
+    assert not LengthControl("tilt", beta=0.0, min_value=-0.5).is_neutral
     assert not LengthControl("at_most", target=1).is_neutral

@@ -69,6 +69,8 @@ def test_only_candidates_that_can_matter_are_scored() -> None:
         (LengthControl("tilt", beta=1.0), [0.0, no, no], 3, [False, False, False]),  # one candidate
         (LengthControl("at_least", target=9), [0.0, -1.0, -1.0], 7, [True, True, False]),
         (LengthControl("at_least", target=9), [0.0, -1.0, -1.0], 8, [False, False, False]),  # met
+        (LengthControl("at_least", target=9, min_value=-0.5), [0.0, -1.0, -1.0], 8, [True, True, False]),
+        (LengthControl("tilt", beta=0.0, min_value=-0.5), [0.0, -1.0, -1.0], 8, [True, True, False]),
         (LengthControl("equal", target=9), [0.0, -1.0, -1.0], -4, [False, False, False]),  # a prompt's first chunk
         (LengthControl("equal", target=9, entropy_threshold=1.0), [0.0, -9.0, -9.0], 3, [False, False, False]),
     ]
