@@ -12,7 +12,7 @@ from torch import Tensor
 from lenvm_kernels.length_control import Mode, Strategy
 from lenvm_kernels.value_bound import NO_MIN_VALUE
 from lenvm_runtime.guidance import GuidedRows
-from lenvm_runtime.length_control import LengthControl
+from lenvm_runtime.length_control import MAX_TOP_K, LengthControl
 
 _MODE_CODES = {
     "equal": Mode.EQUAL,
@@ -23,10 +23,22 @@ _MODE_CODES = {
 }
 _MEAN_CODES = {None: Mode.MEAN_TARGET, "length": Mode.MEAN_LENGTH_FACTOR, "value": Mode.MEAN_VALUE_FACTOR}
 _STRATEGY_CODES = {"natural": Strategy.NATURAL, "hard": Strategy.HARD}
-_TENSORS = ("mode", "strategy", "target", "factor", "beta", "entropy_threshold", "min_value", "prompt_len")
-_HOST_LISTS = ("mean", "bounded", "max_candidates")
+_TENSORS = (
+    "mode",
+    "strategy",
+    "target",
+    "factor",
+    "beta",
+    "entropy_threshold",
+    "min_value",
+    "max_rank",
+    "endless",
+    "prompt_len",
+)
+_HOST_LISTS = ("mean", "bounded", "endings_ignored", "max_candidates")
 
-MAX_CANDIDATES = 32
+DEFAULT_CANDIDATES = 32
+"""Of a row without a top-k filter, and of a greedy one."""
 _GREEDY_TOP_K = 1
 
 
@@ -34,16 +46,17 @@ _GREEDY_TOP_K = 1
 class ControlBatch:
     """Controls of a batch of B rows. Invariant: every tensor is [B] and row-aligned with the batch.
 
-    ``guided`` (host) says which rows are under control, ``mean`` (host) which of them ask for a mean
-    value, ``bounded`` (host) which of them have a ``min_value``; ``rows`` (device, int64) lists the guided
-    ones and is rebuilt when the batch changes, never within a step. ``max_candidates`` (host): at most so
-    many candidates a row has beside EOS ids, 0 without control. Rows of mode EQUAL with ``factor`` > 0 have
+    On the host: ``guided`` says which rows are under control, ``mean`` which of them ask for a mean value,
+    ``bounded`` which have a ``min_value``, ``endings_ignored`` which go on after an EOS; ``max_candidates`` is the
+    most candidates that a row has beside EOS ids, 0 without control. ``rows`` (device, int64) lists the guided
+    ones and is rebuilt when the batch changes, never within a step. Rows of mode EQUAL with ``factor`` > 0 have
     their ``target`` set at the prompt boundary, as factor times the predicted length.
     """
 
     guided: list[bool]
     mean: list[bool]
     bounded: list[bool]
+    endings_ignored: list[bool]
     max_candidates: list[int]
     rows: Tensor
     mode: Tensor
@@ -53,6 +66,8 @@ class ControlBatch:
     beta: Tensor
     entropy_threshold: Tensor
     min_value: Tensor
+    max_rank: Tensor
+    endless: Tensor
     prompt_len: Tensor
 
     @classmethod
@@ -62,12 +77,15 @@ class ControlBatch:
         prompt_lens: Sequence[int],
         top_ks: Sequence[int],
         device: Any,
+        ignore_eos: Sequence[bool] | None = None,
     ) -> ControlBatch | None:
         """The batch of these rows; None when no row is under control. ``top_ks``: SGLang's, 1 for greedy rows."""
         active = [control if control and not control.is_neutral else None for control in controls]
         guided = [control is not None for control in active]
         if not any(guided):
             return None
+        max_candidates = [_max_candidates(k) if c else 0 for c, k in zip(active, top_ks, strict=True)]
+        ignored = [c is not None and i for c, i in zip(active, ignore_eos or [False] * len(active), strict=True)]
 
         def tensor(values: list[Any], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
@@ -76,7 +94,8 @@ class ControlBatch:
             guided=guided,
             mean=[control is not None and control.mode == "target_mean" for control in active],
             bounded=[control is not None and control.min_value is not None for control in active],
-            max_candidates=[_max_candidates(k) if c else 0 for c, k in zip(active, top_ks, strict=True)],
+            endings_ignored=ignored,
+            max_candidates=max_candidates,
             rows=_guided_rows(guided, device),
             mode=tensor([_mode_code(c) if c else Mode.NONE for c in active], torch.int32),
             strategy=tensor([_STRATEGY_CODES[c.strategy] if c else Strategy.NATURAL for c in active], torch.int32),
@@ -85,6 +104,8 @@ class ControlBatch:
             beta=tensor([float(c.beta or 0) if c else 0.0 for c in active], torch.float32),
             entropy_threshold=tensor([c.entropy_threshold if c else 0.0 for c in active], torch.float32),
             min_value=tensor([_min_value(c) for c in active], torch.float32),
+            max_rank=tensor(max_candidates, torch.int32),
+            endless=tensor(ignored, torch.bool),
             prompt_len=tensor(list(prompt_lens), torch.int32),
         )
 
@@ -96,6 +117,7 @@ class ControlBatch:
             guided=[False] * num_rows,
             mean=[False] * num_rows,
             bounded=[False] * num_rows,
+            endings_ignored=[False] * num_rows,
             max_candidates=[0] * num_rows,
             rows=_guided_rows([], device),
             mode=zeros.int(),
@@ -105,6 +127,8 @@ class ControlBatch:
             beta=zeros,
             entropy_threshold=zeros,
             min_value=zeros + NO_MIN_VALUE,
+            max_rank=zeros.int(),
+            endless=zeros.bool(),
             prompt_len=zeros.int(),
         )
 
@@ -123,6 +147,16 @@ class ControlBatch:
         joined: dict[str, Any] = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in _TENSORS}
         joined |= {name: getattr(self, name) + getattr(other, name) for name in _HOST_LISTS}
         return ControlBatch(guided=guided, rows=_guided_rows(guided, self.rows.device), **joined)
+
+    @property
+    def num_candidates(self) -> int:
+        """Candidates to select for each guided row of a step, beside EOS ids."""
+        return max(DEFAULT_CANDIDATES, *self.max_candidates)
+
+    @property
+    def has_limits(self) -> bool:
+        """Whether rows differ in the candidates they may have (`lenvm_kernels.candidate_limits`)."""
+        return self.num_candidates > DEFAULT_CANDIDATES or any(self.endings_ignored)
 
     def guided_rows(
         self, generated: Tensor, scaled_targets: Tensor, last_token_ids: Tensor, closing_tokens: Tensor
@@ -169,7 +203,7 @@ def _min_value(control: LengthControl | None) -> float:
 
 
 def _max_candidates(top_k: int) -> int:
-    return MAX_CANDIDATES if top_k <= _GREEDY_TOP_K else min(top_k, MAX_CANDIDATES)
+    return top_k if _GREEDY_TOP_K < top_k <= MAX_TOP_K else DEFAULT_CANDIDATES
 
 
 def _guided_rows(guided: list[bool], device: Any) -> Tensor:

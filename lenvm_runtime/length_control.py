@@ -20,6 +20,8 @@ SCALINGS = ("length", "value")
 MAX_TARGET = 1_000_000
 MAX_BETA = 10_000.0
 MAX_FACTOR = 100.0
+MAX_TOP_K = 128
+"""Of a request under control, whose candidates are scored one by one."""
 MAX_ENTROPY = 20.0
 """Nats: more than the entropy of any vocabulary."""
 
@@ -132,6 +134,17 @@ class LengthControl:
         if self.entropy_threshold:
             fields["entropy_threshold"] = self.entropy_threshold
         return fields if self.min_value is None else {**fields, "min_value": self.min_value}
+
+
+def check_sampling(control: LengthControl | None, params: Mapping[str, Any]) -> None:
+    """Raise LengthControlError for a parameter of SGLang's that a control cannot honour."""
+    if control is None or control.is_neutral:
+        return
+    if (params.get("top_k") or 0) > MAX_TOP_K:
+        raise LengthControlError("top_k", f"must be at most {MAX_TOP_K} with a length control, or -1")
+    if params.get("stop_token_ids"):
+        message = "cannot be combined with a length control, to which only EOS is an end; use stop"
+        raise LengthControlError("stop_token_ids", message)
 
 
 @dataclass(frozen=True, slots=True)

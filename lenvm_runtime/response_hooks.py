@@ -16,7 +16,7 @@ import orjson
 from fastapi.responses import ORJSONResponse
 
 from lenvm_runtime import compat
-from lenvm_runtime.length_control import LengthControl, LengthControlError, ValueQuery
+from lenvm_runtime.length_control import LengthControl, LengthControlError, ValueQuery, check_sampling
 from lenvm_runtime.response import CANDIDATES_KEY, VALUE_KEY, ResponseBuilder, describe_input
 
 _BUILDER = "lenvm_builder"
@@ -69,21 +69,21 @@ def register(gamma: float, max_length: int) -> None:
         compat.after(target, respond)
 
 
-def _custom_params(sampling_params: Any) -> list[Any]:
-    """``custom_params`` of each of a request's sampling parameters, of which there may be a list."""
+def _each(sampling_params: Any) -> list[dict[str, Any]]:
+    """A request's sampling parameters, of which there may be a list."""
     each = sampling_params if isinstance(sampling_params, list) else [sampling_params]
-    return [params.get("custom_params") for params in each if isinstance(params, dict)]
+    return [params for params in each if isinstance(params, dict)]
 
 
 def _check_controls(sampling_params: Any) -> None:
-    """Refuse a malformed control here (ValueError: HTTP 400), before it reaches the scheduler."""
-    for custom_params in _custom_params(sampling_params):
-        LengthControl.from_custom_params(custom_params)
+    """Refuse an unusable control here (ValueError: HTTP 400), before it reaches the scheduler."""
+    for params in _each(sampling_params):
+        check_sampling(LengthControl.from_custom_params(params.get("custom_params")), params)
 
 
 def _read_queries(sampling_params: Any, vocab_size: int) -> list[ValueQuery]:
     """The value queries of a request, one a sampling parameters; none, or an error where only some are."""
-    found = [ValueQuery.from_custom_params(custom_params) for custom_params in _custom_params(sampling_params)]
+    found = [ValueQuery.from_custom_params(params.get("custom_params")) for params in _each(sampling_params)]
     queries = [query for query in found if query]
     if queries and len(queries) != len(found):
         raise LengthControlError("custom_params.lenvm.input_values", "must be given for all inputs or for none")

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lenvm_kernels.candidate_limits import limit_candidates
 from lenvm_kernels.candidates import Candidates, release_filters, scatter_candidates, select_candidates
 from lenvm_runtime import compat
-from lenvm_runtime.control_batch import MAX_CANDIDATES, ControlBatch
+from lenvm_runtime.control_batch import ControlBatch
 from lenvm_runtime.guidance import GuidedRows
 
 MAX_REQUEST_SLOTS = 65536
@@ -103,9 +104,13 @@ def steer_rows(
         sampling.top_ps[rows],
         sampling.min_ps[rows],
         eos_token_ids,
-        MAX_CANDIDATES,
+        min(control.num_candidates, logits.shape[-1]),
         guided.may_end_anywhere,
     )
+    if control.has_limits:
+        candidates = limit_candidates(
+            candidates, control.max_rank[rows], control.endless[rows], guided.may_end_anywhere
+        )
     steered = reweigh(candidates)
 
     def spread(part: Tensor, other: float) -> Tensor:

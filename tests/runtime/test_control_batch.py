@@ -26,7 +26,8 @@ CHOICES = (
 
 
 def build(rows: list[tuple[LengthControl | None, int]]) -> ControlBatch | None:
-    return ControlBatch.build([c for c, _ in rows], [p for _, p in rows], [p for _, p in rows], "cpu")
+    numbers = [number for _, number in rows]  # of the prompt's tokens, and stand for what else a row has
+    return ControlBatch.build([c for c, _ in rows], numbers, numbers, "cpu", [number % 2 == 0 for number in numbers])
 
 
 def assert_equal(batch: ControlBatch | None, rows: list[tuple[LengthControl | None, int]]) -> None:
@@ -37,10 +38,22 @@ def assert_equal(batch: ControlBatch | None, rows: list[tuple[LengthControl | No
     assert batch.guided == expected.guided
     assert batch.mean == expected.mean
     assert batch.bounded == expected.bounded
+    assert batch.endings_ignored == expected.endings_ignored
     assert batch.max_candidates == expected.max_candidates
     guided = expected.rows
     assert torch.equal(batch.rows, guided)
-    for name in ("mode", "strategy", "target", "factor", "beta", "entropy_threshold", "min_value", "prompt_len"):
+    for name in (
+        "mode",
+        "strategy",
+        "target",
+        "factor",
+        "beta",
+        "entropy_threshold",
+        "min_value",
+        "max_rank",
+        "endless",
+        "prompt_len",
+    ):
         assert torch.equal(getattr(batch, name)[guided], getattr(expected, name)[guided]), name
     assert torch.equal(batch.mode, expected.mode)
 

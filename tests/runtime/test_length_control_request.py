@@ -12,6 +12,7 @@ from lenvm_runtime.length_control import (
     LengthControl,
     LengthControlError,
     build_custom_params,
+    check_sampling,
     wants_values,
 )
 
@@ -109,3 +110,17 @@ def test_beta_zero_and_an_unchanged_mean_are_neutral() -> None:
     assert not LengthControl("tilt", beta=0.1).is_neutral
     assert not LengthControl("tilt", beta=0.0, min_value=-0.5).is_neutral
     assert not LengthControl("at_most", target=1).is_neutral
+
+
+@pytest.mark.parametrize(("params", "field"), [({"top_k": 129}, "top_k"), ({"stop_token_ids": [7]}, "stop_token_ids")])
+def test_what_a_control_cannot_honour_is_named(params: dict[str, Any], field: str) -> None:
+    with pytest.raises(LengthControlError) as caught:
+        check_sampling(LengthControl("tilt", beta=1.0), params)
+    assert caught.value.field == field
+    check_sampling(LengthControl("tilt", beta=0.0), params)
+    check_sampling(None, params)
+
+
+@pytest.mark.parametrize("params", [{}, {"top_k": None}, {"top_k": -1}, {"top_k": 128, "stop_token_ids": None}])
+def test_other_parameters_go_with_a_control(params: dict[str, Any]) -> None:
+    check_sampling(LengthControl("tilt", beta=1.0), params)
