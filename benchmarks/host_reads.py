@@ -17,12 +17,20 @@ torchvision_schema.declare_if_missing()
 
 from sglang.srt.model_executor.forward_batch_info import ForwardMode  # noqa: E402
 
-from lenvm_runtime.control_batch import ControlBatch  # noqa: E402
+from lenvm_kernels.checkpoint import Head  # noqa: E402
+from lenvm_kernels.heads import CandidateHead, HeadConfig, ValueHead  # noqa: E402
+from lenvm_runtime.control_batch import ControlBatch, merge  # noqa: E402
+from lenvm_runtime.engine_hooks import HeadStep  # noqa: E402
+from lenvm_runtime.head_runner import HeadRunner  # noqa: E402
 from lenvm_runtime.length_control import LengthControl  # noqa: E402
+from lenvm_runtime.steering import last_token_ids  # noqa: E402
 from lenvm_runtime.value_model.packing import StepRows  # noqa: E402
 from lenvm_runtime.value_model.step import ValueGuide, ValueStep  # noqa: E402
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "_unique2")
+COPIES = ("_to_copy", "copy_")
+VOCABULARY = 1000
+HEAD = HeadConfig("", 16, VOCABULARY, 0.997, 8, 1000, 8, (), (2,))
 CONTROLS = (
     None,
     LengthControl("equal", target=40),
@@ -35,7 +43,7 @@ CONTROLS = (
 
 
 class HostReads(TorchDispatchMode):
-    """While active, counts every operator of `READS` by name."""
+    """While active, counts every operator of `READS` by name, and waiting copies from one device to another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,22 +51,35 @@ class HostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in READS:
+        kwargs = kwargs or {}
+        if name in READS or (name in COPIES and _waits(name, args, kwargs)):
             self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
-class _StubRunner:
+def _waits(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether a copy goes to another device, and not asynchronously."""
+    if name == "copy_":
+        target, source = args[0].device, args[1].device
+        return target != source and not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+    target, source = torch.device(kwargs.get("device") or args[0].device), args[0].device
+    return target != source and not kwargs.get("non_blocking", False)
+
+
+class StubRunner:
     """In place of the value model's forward, which is SGLang's own code: every state is worth -0.1."""
 
-    device = "cpu"
     source = SimpleNamespace(gamma=0.997)
 
-    def __init__(self, num_reqs: int) -> None:
-        self.req_to_token_pool = SimpleNamespace(req_to_token=torch.zeros(num_reqs, 64, dtype=torch.int32))
+    def __init__(self, num_reqs: int, device: str = "cpu") -> None:
+        self.device = device
+        self.num_forwards = 0
+        slots = torch.zeros(num_reqs, 64, dtype=torch.int32, device=device)
+        self.req_to_token_pool = SimpleNamespace(req_to_token=slots)
 
     def step(self, rows: StepRows) -> Tensor:
-        return torch.full((len(rows.input_ids),), -0.1)
+        self.num_forwards += 1
+        return torch.full((len(rows.input_ids),), -0.1, device=self.device)
 
 
 class _DeviceStep(ValueStep):
@@ -78,21 +99,74 @@ class _SamplingFilters:
     min_ps: Tensor
 
 
-def count_host_reads(num_reqs: int = 16, vocab: int = 1000) -> Counter[str]:
-    """Host reads in this project's code for one decode step of a batch of every mode, by operator."""
-    controls = [CONTROLS[row % len(CONTROLS)] for row in range(num_reqs)]
-    top_ks = [5 if row % 2 else 1 << 30 for row in range(num_reqs)]
-    guide = ValueGuide(_StubRunner(num_reqs), [2], torch.arange(vocab) % 7 == 0, 1000)  # type: ignore[arg-type]
-    control = ControlBatch.build(controls, [4] * num_reqs, top_ks, "cpu")
-    batch = SimpleNamespace(
-        forward_mode=ForwardMode.DECODE,
-        input_ids=torch.arange(num_reqs),
-        seq_lens=torch.full((num_reqs,), 9),
-        req_pool_indices=torch.arange(num_reqs),
-    )
-    ones = torch.ones(num_reqs)
-    sampling = _SamplingFilters(ones.unsqueeze(1), torch.tensor(top_ks), ones, 0.01 * ones)
-    logits = SimpleNamespace(next_token_logits=torch.randn(num_reqs, vocab), customized_info=None)
+class StepBatch:
+    """One decode step of a batch whose rows have every mode, some with candidates of their own number."""
+
+    def __init__(self, num_reqs: int, device: str) -> None:
+        controls = [CONTROLS[row % len(CONTROLS)] for row in range(num_reqs)]
+        top_ks = [(5, 50, 1 << 30)[row % 3] for row in range(num_reqs)]
+        control = ControlBatch.build(
+            controls, [4] * num_reqs, top_ks, device, [row % 4 == 0 for row in range(num_reqs)]
+        )
+        assert control is not None
+        self.control = control
+        self.num_reqs = num_reqs
+        rows = torch.arange(num_reqs, device=device)
+        self.batch = SimpleNamespace(
+            forward_mode=ForwardMode.DECODE,
+            input_ids=rows,
+            seq_lens=torch.full_like(rows, 9),
+            req_pool_indices=rows,
+        )
+        ones = torch.ones(num_reqs, device=device)
+        self.sampling = _SamplingFilters(ones.unsqueeze(1), torch.tensor(top_ks, device=device), ones, 0.01 * ones)
+        logits = torch.randn(num_reqs, VOCABULARY, device=device)
+        self.logits_output = SimpleNamespace(next_token_logits=logits, customized_info=None)
+        self.features = torch.randn(num_reqs, HEAD.hidden_size, device=device)
+        self.kept = rows[1:]
+
+    def run_value_model(self, guide: ValueGuide) -> None:
+        """The step with a separate LenVM."""
+        _DeviceStep(guide, self.control, None, self.batch, None).steer(
+            self.logits_output, self.sampling, self.batch.seq_lens - 1
+        )
+
+    def run_head(self, runner: HeadRunner) -> None:
+        """The step with a head on the served model."""
+        runner.values(self.features)
+        rows = self.batch.req_pool_indices
+        step = HeadStep(runner, self.control, self.features, rows, last_token_ids(self.batch))
+        step.steer(self.logits_output, self.sampling, self.batch.seq_lens - 1)
+
+    def change(self) -> None:
+        """What happens between steps: rows leave, others come."""
+        kept = self.control.filter(range(1, self.num_reqs), self.kept)
+        merge(kept, self.control, self.num_reqs - 1, self.num_reqs, self.kept.device)
+
+
+def closing_tokens(device: str) -> Tensor:
+    """Some tokens that close a sentence: bool [vocabulary]."""
+    return torch.arange(VOCABULARY, device=device) % 7 == 0
+
+
+def make_head_runner(device: str) -> HeadRunner:
+    """A head with random weights."""
+    head = Head(HEAD, ValueHead(HEAD.hidden_size), CandidateHead(HEAD))
+    embeddings = torch.randn(VOCABULARY, HEAD.hidden_size, device=device)
+    return HeadRunner(head, [], embeddings, lambda rows: rows, closing_tokens(device))
+
+
+@torch.inference_mode()
+def count_host_reads(num_reqs: int = 16, device: str = "cpu") -> Counter[str]:
+    """Host reads in this project's code for a decode step with each kind of LenVM and a change of the batch.
+
+    By operator. On the ``meta`` device, which stands for an accelerator, copies show too, and a read raises.
+    """
+    step = StepBatch(num_reqs, device)
+    guide = ValueGuide(StubRunner(num_reqs, device), [2], closing_tokens(device), 1000)  # type: ignore[arg-type]
+    runner = make_head_runner(device)
     with HostReads() as reads:
-        _DeviceStep(guide, control, None, batch, None).steer(logits, sampling, batch.seq_lens - 1)
+        step.run_value_model(guide)
+        step.run_head(runner)
+        step.change()
     return reads.counts

@@ -43,8 +43,9 @@ class ValueGuide:
         self.eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
         self.closing_tokens = closing_tokens.to(device)  # [vocab] bool
         self.scaled_targets = ScaledTargets(device)
-        self.bin_lengths = bin_lengths(NUM_BINS, max_length).to(device)
-        self._table = build_value_table(self.bin_lengths, self.gamma)
+        lengths = bin_lengths(NUM_BINS, max_length)
+        self.bin_lengths = lengths.to(device)
+        self._table = build_value_table(lengths, self.gamma).to(device)
 
     def begin_step(self, forward_batch: Any, state_values: Tensor | None) -> ValueStep:
         """What the sampler does with the batch of this step; ``state_values`` as in `ValueStep`."""

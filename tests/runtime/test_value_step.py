@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from host_reads import HostReads, count_host_reads
+from host_reads import HostReads, StepBatch, StubRunner, closing_tokens, count_host_reads
+from lenvm_kernels.candidate_limits import limit_candidates
 from lenvm_kernels.candidates import TOP_K_ALL, Candidates, select_candidates
-from lenvm_runtime.control_batch import MAX_CANDIDATES, ControlBatch
+from lenvm_runtime.control_batch import ControlBatch
 from lenvm_runtime.length_control import LengthControl
 from lenvm_runtime.value_model.packing import pack_step, read_candidates
-from lenvm_runtime.value_model.step import scored_candidates
+from lenvm_runtime.value_model.step import ValueGuide, ValueStep, scored_candidates
 
 EOS = 2
 
@@ -93,14 +94,18 @@ def test_the_hosts_bound_holds_every_scored_candidate() -> None:
     logits[:, EOS] += 3  # among the likeliest
     ones = torch.ones(len(top_ks))
     filters = torch.tensor(top_ks), torch.rand(len(top_ks), generator=generator) / 2 + 0.5, 0 * ones
-    candidates = select_candidates(logits, ones, *filters, torch.tensor([EOS]), MAX_CANDIDATES, ones.bool())
+    assert control.num_candidates == 50
+    assert control.has_limits
+    candidates = select_candidates(logits, ones, *filters, torch.tensor([EOS]), control.num_candidates, ones.bool())
+    candidates = limit_candidates(candidates, control.max_rank, control.endless, ones.bool())
     scored = scored_candidates(candidates, control.guided_rows(ones, ones, *no_closing(len(ones))))
     assert (scored.sum(1) <= torch.tensor(control.max_candidates)).all()
-    assert control.max_candidates[:6] == [32, 5, 31, 32, 32, 32]
+    assert control.max_candidates[:6] == [32, 5, 31, 32, 50, 32]
 
 
-def test_a_decode_step_reads_nothing_on_the_host() -> None:
-    assert not count_host_reads()
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_decode_step_reads_nothing_on_the_host(device: str) -> None:
+    assert not count_host_reads(device=device)
 
 
 def test_the_counter_sees_a_read() -> None:
@@ -108,3 +113,37 @@ def test_the_counter_sees_a_read() -> None:
         int(torch.ones(3).sum())
         torch.ones(3).nonzero()
     assert reads.counts == {"_local_scalar_dense": 1, "nonzero": 1}
+
+
+def test_the_counter_sees_a_copy_that_waits() -> None:
+    here, there = torch.ones(3), torch.ones(3, device="meta")
+    with HostReads() as reads:
+        here.to(torch.float64).to("cpu")
+        here.to("meta", non_blocking=True)
+        there.copy_(there)
+        there.copy_(here, non_blocking=True)
+    assert not reads.counts
+    with HostReads() as reads:
+        here.to("meta")
+        there.copy_(here)
+    assert reads.counts == {"_to_copy": 1, "copy_": 1}
+
+
+@pytest.mark.parametrize("controls", [[None, None], [None, LengthControl("tilt", beta=1.0)]])
+@pytest.mark.parametrize("prefilled", [False, True])
+def test_the_value_model_runs_once_a_decode_step(controls: list[LengthControl | None], prefilled: bool) -> None:
+    """After a prefill, whose own forward has given the states' values, only for candidates."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    num_reqs = len(controls)
+    runner = StubRunner(num_reqs)
+    guide = ValueGuide(runner, [EOS], closing_tokens("cpu"), 1000)  # type: ignore[arg-type]
+    step = StepBatch(num_reqs, "cpu")
+    step.batch.forward_mode = ForwardMode.EXTEND if prefilled else ForwardMode.DECODE
+    step.batch.extend_seq_lens = torch.ones(num_reqs, dtype=torch.int64)
+    control = ControlBatch.build(controls, [4] * num_reqs, [5] * num_reqs, "cpu")
+    states = torch.full((num_reqs,), -0.1) if prefilled else None
+    ValueStep(guide, control, None, step.batch, states).steer(
+        step.logits_output, step.sampling, step.batch.seq_lens - 1
+    )
+    assert runner.num_forwards == (control is not None if prefilled else 1)
