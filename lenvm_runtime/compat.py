@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from sglang.srt.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
-from sglang.srt.layers.sampler import register_sampler_backend
+from sglang.srt.layers.sampler import SGLANG_RETURN_ORIGINAL_LOGPROB, register_sampler_backend
 from sglang.srt.managers.utils import _async_d2h
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
@@ -37,6 +37,7 @@ LOAD_MODEL = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
 SUPPORT_TRITON = "sglang.srt.utils.common.support_triton"
 DRAW = "sglang.srt.layers.sampler.sampling_from_probs_torch"
 FORWARD = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
+CHECK_ARGUMENTS = "sglang.srt.server_args.ServerArgs.check_server_args"
 INIT_TARGET_WORKER = "sglang.srt.managers.scheduler.Scheduler.init_tp_model_worker"
 INIT_MEMORY_POOLS = "sglang.srt.managers.scheduler.Scheduler.init_memory_pools"
 INIT_ATTENTION_BACKENDS = "sglang.srt.managers.scheduler.Scheduler.init_all_attention_backends"
@@ -84,6 +85,15 @@ def check_version() -> None:
     found = version("sglang")
     if found not in KNOWN_VERSIONS:
         raise IncompatibleEngineError(f"SGLang {found} is not known to work; known: {', '.join(KNOWN_VERSIONS)}")
+
+
+def check_returned_logprobs() -> None:
+    """Raise IncompatibleEngineError where SGLang would return log-probabilities from before the temperature.
+
+    Those of a row under control are scaled by its temperature then, and mean nothing.
+    """
+    if SGLANG_RETURN_ORIGINAL_LOGPROB:
+        raise IncompatibleEngineError("SGLANG_RETURN_ORIGINAL_LOGPROB does not work with a LenVM; unset it")
 
 
 def register_sampler(backend: str, factory: Callable[[], Any]) -> None:
@@ -248,6 +258,14 @@ def value_model_config(server_args: Any) -> Any:
         context_length=server_args.context_length,
         dtype=server_args.dtype,
     )
+
+
+def count_embeddings(model: str, trust_remote_code: bool) -> int:
+    """How many tokens a model embeds, by its configuration."""
+    from sglang.srt.utils.hf_transformers_utils import get_config
+
+    number: int = get_config(model, trust_remote_code=trust_remote_code).vocab_size
+    return number
 
 
 def load_vocabulary(model: str) -> dict[str, int]:

@@ -39,6 +39,7 @@ def _register_lenvm(folder: Path) -> None:
     """Register the hooks for the kind of LenVM in ``folder``."""
     from lenvm_runtime import engine_hooks, response_hooks
 
+    compat.check_returned_logprobs()
     if find_kind(folder) is LenVMKind.HEAD:
         head = read_config(folder)
         engine_hooks.register(folder)

@@ -6,16 +6,18 @@ from typing import Any
 
 from torch import Tensor
 
+from lenvm_kernels.checkpoint_files import CheckpointError
 from lenvm_runtime import compat
 from lenvm_runtime.closing import closing_tokens
 from lenvm_runtime.engine_hooks import register_controls
 from lenvm_runtime.input_values import QueryBatch, write_input_values
-from lenvm_runtime.value_model.source import ValueModelSource
+from lenvm_runtime.value_model.source import ValueModelSource, check_vocabulary
 
 
 class ValueModelHooks:
-    """The hooks of one model process, and the value model once it is loaded.
+    """The hooks of one process, and in a model process the value model once it is loaded.
 
+    * before any model process starts: what can be told without loading a model is checked;
     * at start: the model is loaded after the served one, its KV bytes enter SGLang's memory budget, its KV
       buffers get the served model's slots;
     * each prefill of the served model is run by the value model too (`ModelRunner.forward`);
@@ -28,7 +30,8 @@ class ValueModelHooks:
         self._guide: Any = None
 
     def register(self) -> None:
-        """Register every hook of the model process."""
+        """Register every hook."""
+        compat.before(compat.CHECK_ARGUMENTS, self._check_fits)
         compat.after(compat.INIT_TARGET_WORKER, self._load)
         compat.after(compat.KV_BYTES_PER_TOKEN, self._count_kv_bytes)
         compat.after(compat.INIT_MEMORY_POOLS, self._share_slots)
@@ -36,6 +39,17 @@ class ValueModelHooks:
         compat.after(compat.FORWARD, self._extend)
         compat.before(compat.SAMPLE, self._prepare_sampling)
         register_controls()
+
+    def _check_fits(self, server_args: Any) -> None:
+        """End the launching process with one message where the LenVM does not fit the served model."""
+        try:
+            compat.check_value_model_supported(server_args)
+            backbone = self._source.find_backbone(server_args.model_path, server_args.served_model_name)
+            served = compat.load_vocabulary(server_args.tokenizer_path)
+            num_embeddings = compat.count_embeddings(backbone, server_args.trust_remote_code)
+            check_vocabulary(compat.load_vocabulary(backbone), served, num_embeddings)
+        except CheckpointError as error:
+            raise SystemExit(f"lenvm: this LenVM cannot be served beside this model: {error}") from None
 
     def _load(self, _result: None, scheduler: Any) -> None:
         from lenvm_runtime.value_model.runner import ValueModelRunner

@@ -16,7 +16,7 @@ from lenvm_kernels.heads import ValueHead
 
 torchvision_schema.declare_if_missing()
 
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 VOCABULARY = 96
@@ -36,23 +36,47 @@ SHAPE: dict[str, Any] = dict(
 )
 
 
-def save_model(folder: Path, family: str, *, tied: bool = True, seed: int = 0, max_shard_size: str = "1GB") -> Any:
-    """A random fp32 model of a family (qwen2, qwen3, llama) with a tokenizer of one token a word ``w0`` .. ``w95``."""
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **SHAPE, tie_word_embeddings=tied)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word ``w0`` .. ``w95``; EOS is ``w2``."""
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2").save_pretrained(folder)
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2")
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, as grammars need it; EOS has id 2."""
+    alphabet = ["<pad>", "<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(alphabet[:3])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+def save_model(
+    folder: Path,
+    family: str,
+    *,
+    tied: bool = True,
+    seed: int = 0,
+    max_shard_size: str = "1GB",
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    context: int = 128,
+) -> Any:
+    """A random fp32 model of a family (qwen2, qwen3, llama) with a tokenizer, `word_tokenizer` unless given."""
+    torch.manual_seed(seed)
+    tokenizer = tokenizer or word_tokenizer()
+    shape = {**SHAPE, "vocab_size": len(tokenizer), "max_position_embeddings": context}
+    config = AutoConfig.for_model(family, **shape, tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(folder)
     return model
 
 
-def save_lenvm(
-    folder: Path, family: str, *, tied: bool = True, gamma: float = 0.99, max_shard_size: str = "1GB"
-) -> tuple[Any, ValueHead]:
-    """A published-format checkpoint; returns its transformers model and value head."""
-    model = save_model(folder, family, tied=tied, seed=1, max_shard_size=max_shard_size)
+def save_lenvm(folder: Path, family: str, *, gamma: float = 0.99, **model_options: Any) -> tuple[Any, ValueHead]:
+    """A published-format checkpoint (options as of `save_model`); returns its transformers model and value head."""
+    model = save_model(folder, family, seed=1, **model_options)
     path = folder / "config.json"
     config = json.loads(path.read_text())
     config["architectures"] = [f"{family.capitalize()}ForLengthValueModel"]
