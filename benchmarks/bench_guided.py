@@ -12,8 +12,10 @@ Checked first on every engine: greedy tokens without control are the plain engin
     k5, k15       a separate LenVM, every request under control, top-k 5 and 15
 
 ``*_over_plain`` are ratios of wall-clock time (smaller is better), ``idle_plugin_over_stock`` of throughput (larger
-is better), ``*_step_ms`` wall clock over decode steps. ``host_syncs_per_step`` counts the operators in this project's
-part of a decode step that make the host wait for a device (`host_reads.py`).
+is better), ``*_step_ms`` wall clock over decode steps, ``*_PART_ms`` the mean host time of a part of the decode steps
+that held every request (`lenvm_runtime.step_times`; what is left of ``*_step_ms`` is scheduling and prefill).
+``host_syncs_per_step`` counts the operators in this project's part of a decode step that make the host wait for a
+device (`host_reads.py`).
 
     python benchmarks/bench_guided.py [--quick] [--json FILE] [--model M --lenvm L --head H] [-- SGLANG ARGUMENTS]
 
@@ -25,10 +27,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +65,15 @@ HEAD_KINDS = (Kind("idle", values=False), Kind("values"), Kind("head", CONTROL))
 LENVM_KINDS = (Kind("states"), Kind("k5", CONTROL), Kind("k15", CONTROL, top_k=15))
 
 
+Round = tuple[float, float]
+"""When a round began and ended, in seconds since the epoch."""
+
+
+def len_s(taken: Round) -> float:
+    """Seconds that a round took."""
+    return taken[1] - taken[0]
+
+
 @dataclass(frozen=True)
 class Setting:
     """What is served and asked."""
@@ -72,6 +85,7 @@ class Setting:
     concurrency: int
     num_tokens: int
     rounds: int
+    step_times: Path
 
 
 def main() -> int:
@@ -104,17 +118,25 @@ def setting(parsed: argparse.Namespace) -> Iterator[Setting]:
         yield Setting(
             model=parsed.model,
             head=find_folder(parsed.head) if parsed.head else None,
-            lenvm=find_folder(parsed.lenvm) if parsed.lenvm else make_lenvm(Path(folder)),
+            lenvm=find_folder(parsed.lenvm) if parsed.lenvm else make_lenvm(_new_folder(Path(folder))),
             engine_arguments=tuple(parsed.engine_arguments),
             concurrency=parsed.concurrency,
             num_tokens=parsed.tokens or (32 if parsed.quick else 128),
             rounds=2 if parsed.quick else 5,
+            step_times=Path(folder) / "step_times.jsonl",
         )
 
 
+def _new_folder(parent: Path) -> Path:
+    folder = parent / "lenvm"
+    folder.mkdir()
+    return folder
+
+
 def measure(chosen: Setting) -> dict[str, float]:
-    """Seconds a round of every kind -> the figures."""
-    times: dict[str, list[float]] = {}
+    """Rounds of every kind -> the figures."""
+    os.environ["LENVM_STEP_TIMES"] = str(chosen.step_times)
+    times: dict[str, list[Round]] = {}
     greedy: list[list[int]] = []
     runs: list[tuple[Path | None, tuple[Kind, ...]]] = [(NO_HEAD, (PLAIN,))]
     if chosen.model is None or chosen.head:
@@ -124,11 +146,13 @@ def measure(chosen: Setting) -> dict[str, float]:
         config = ServeConfig("127.0.0.1", 8000, chosen.model, lenvm, chosen.engine_arguments)
         with running_engine(config) as (_, url):
             asyncio.run(measure_engine(url, kinds, chosen, times, greedy))
-    return to_figures({name: sum(seconds) / len(seconds) for name, seconds in times.items()}, chosen)
+    steps = [json.loads(line) for line in chosen.step_times.read_text().splitlines()]
+    figures = to_figures({name: sum(map(len_s, rounds)) / len(rounds) for name, rounds in times.items()}, chosen)
+    return figures | part_figures(steps, times, chosen.concurrency)
 
 
 async def measure_engine(
-    url: str, kinds: tuple[Kind, ...], chosen: Setting, times: dict[str, list[float]], greedy: list[list[int]]
+    url: str, kinds: tuple[Kind, ...], chosen: Setting, times: dict[str, list[Round]], greedy: list[list[int]]
 ) -> None:
     """Rounds that alternate between the kinds of one engine; the first round warms up."""
     async with httpx.AsyncClient(
@@ -137,10 +161,10 @@ async def measure_engine(
         await check(client, url, kinds, greedy)
         for number in range(chosen.rounds + 1):
             for kind in kinds:
-                elapsed = await run_round(client, url, number, kind, chosen)
+                taken = await run_round(client, url, number, kind, chosen)
                 if number > 0:
-                    times.setdefault(kind.name, []).append(elapsed)
-                    rate = chosen.concurrency * chosen.num_tokens / elapsed
+                    times.setdefault(kind.name, []).append(taken)
+                    rate = chosen.concurrency * chosen.num_tokens / len_s(taken)
                     print(f"round {number} {kind.name}: {rate:.0f} tokens/s", file=sys.stderr)
 
 
@@ -153,14 +177,14 @@ async def check(client: httpx.AsyncClient, url: str, kinds: tuple[Kind, ...], gr
     assert has_values == (kinds != (PLAIN,)), "values are missing, or the plain engine has a LenVM"
 
 
-async def run_round(client: httpx.AsyncClient, url: str, number: int, kind: Kind, chosen: Setting) -> float:
-    """Seconds for ``concurrency`` requests of exactly ``num_tokens`` tokens."""
-    started = time.perf_counter()
+async def run_round(client: httpx.AsyncClient, url: str, number: int, kind: Kind, chosen: Setting) -> Round:
+    """Begin and end of ``concurrency`` requests of exactly ``num_tokens`` tokens."""
+    started = time.time()
     seeds = range(number * chosen.concurrency, (number + 1) * chosen.concurrency)
     results = await asyncio.gather(*(generate(client, url, seed, chosen.num_tokens, kind) for seed in seeds))
-    elapsed = time.perf_counter() - started
+    ended = time.time()
     assert all(len(result["output_ids"]) == chosen.num_tokens for result in results), "an answer has another length"
-    return elapsed
+    return started, ended
 
 
 async def generate(
@@ -179,6 +203,21 @@ async def generate(
     response.raise_for_status()
     result: dict[str, Any] = response.json()
     return result
+
+
+def part_figures(
+    steps: Iterable[Mapping[str, Any]], rounds: Mapping[str, list[Round]], num_rows: int
+) -> dict[str, float]:
+    """Mean milliseconds of each part over the decode steps of all ``num_rows`` requests within the rounds of a kind."""
+    full = [step for step in steps if step["decode"] and step["rows"] == num_rows]
+    figures: dict[str, float] = {}
+    for kind, taken in rounds.items():
+        within = [step for step in full if any(began <= step["ended"] <= ended for began, ended in taken)]
+        seconds: Counter[str] = Counter()
+        for step in within:
+            seconds.update(step["seconds"])
+        figures |= {f"{kind}_{part}_ms": 1000 * total / len(within) for part, total in sorted(seconds.items())}
+    return figures
 
 
 def to_figures(seconds: dict[str, float], chosen: Setting) -> dict[str, float]:

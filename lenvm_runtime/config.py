@@ -17,11 +17,13 @@ class PluginConfig:
     """What the plugin does in this process.
 
     * ``head`` (``LENVM_HEAD``): folder of a LenVM of any kind, or None: serve without values or control.
+    * ``step_times`` (``LENVM_STEP_TIMES``): file for the times of each step's parts, or None: they are not taken.
     """
 
     head: Path | None
+    step_times: Path | None
 
     @classmethod
     def from_environment(cls) -> PluginConfig:
-        head = os.environ.get("LENVM_HEAD")
-        return cls(head=Path(head) if head else None)
+        head, step_times = os.environ.get("LENVM_HEAD"), os.environ.get("LENVM_STEP_TIMES")
+        return cls(head=Path(head) if head else None, step_times=Path(step_times) if step_times else None)

@@ -31,6 +31,10 @@ def _load(config: PluginConfig) -> None:
     tool_calls.register()
     if config.head is not None:
         _register_lenvm(config.head)
+    if config.step_times is not None:
+        from lenvm_runtime import step_times
+
+        step_times.install(config.step_times)
     for backend in compat.STOCK_SAMPLING_BACKENDS:
         compat.register_sampler(backend, _create_sampler)
 
