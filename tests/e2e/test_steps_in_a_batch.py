@@ -13,6 +13,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -266,24 +267,32 @@ def largest_error(found: Tensor, expected: Tensor) -> float:
     return max(float((found - expected)[returned].abs().max()), float(left_out))
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+@contextmanager
+def running(tmp_path_factory: pytest.TempPathFactory, **arguments: str) -> Iterator[Engine]:
+    """An engine with the tiny models and these arguments of SGLang beside the tests' own."""
     served, lenvm = (tmp_path_factory.mktemp(name) for name in ("served", "lenvm"))
     tiny = {"tokenizer": byte_tokenizer(), "context": CONTEXT}
     model = save_model(served, "llama", **tiny)
     twin = Twin(model, *save_lenvm(lenvm, "qwen2", gamma=GAMMA, **tiny))
     arguments = {
-        "--dtype": "float32",
-        "--chunked-prefill-size": "64",
-        "--random-seed": "7",
-        "--max-total-tokens": str(MAX_TOTAL_TOKENS),
-        "--max-running-requests": str(MAX_RUNNING),
-        "--schedule-conservativeness": "0.1",  # admits more than fits, so that requests are retracted
-        "--decode-log-interval": "1",
+        "dtype": "float32",
+        "chunked_prefill_size": "64",
+        "random_seed": "7",
+        "max_total_tokens": str(MAX_TOTAL_TOKENS),
+        "max_running_requests": str(MAX_RUNNING),
+        "schedule_conservativeness": "0.1",  # admits more than fits, so that requests are retracted
+        "decode_log_interval": "1",
+        **arguments,
     }
-    flat = tuple(part for pair in arguments.items() for part in pair)
+    flat = tuple(part for name, value in arguments.items() for part in (f"--{name.replace('_', '-')}", value))
     with running_engine(ServeConfig("127.0.0.1", 8000, str(served), lenvm, flat)) as (_, url):
         yield Engine(url, twin)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    with running(tmp_path_factory) as started:
+        yield started
 
 
 @pytest.fixture
@@ -392,3 +401,22 @@ async def test_candidate_values_survive_aborts_that_leave_no_slot(engine: Engine
     for (prompt, control), answer in zip(rows, answers, strict=True):
         engine.check_values(prompt, answer)
         engine.check_steps(prompt, answer, control, {"top_k": 6}, every=4)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="each rank is bound to a core")
+async def test_both_models_are_split_over_two_ranks(
+    tmp_path_factory: pytest.TempPathFactory, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")  # SGLang asks for a NUMA node a rank otherwise
+    rows = list(zip((None, CONTROLS[0], CONTROLS[5], CONTROLS[8]), SAMPLINGS, strict=True))
+    prompts = [make_prompt(300 + i) for i in range(len(rows))]
+    with running(tmp_path_factory, tp_size="2") as engine:
+        answers = await asyncio.gather(
+            *(
+                engine.generate(http, prompt, control, **sampling)
+                for prompt, (control, sampling) in zip(prompts, rows, strict=True)
+            )
+        )
+        for prompt, answer, (control, sampling) in zip(prompts, answers, rows, strict=True):
+            engine.check_values(prompt, answer)
+            engine.check_steps(prompt, answer, control, sampling, every=3)
