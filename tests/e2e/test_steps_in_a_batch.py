@@ -26,6 +26,7 @@ from lenvm_kernels.candidates import TOP_K_ALL, select_candidates
 from lenvm_kernels.length_distribution import expected_length
 from lenvm_kernels.length_value import bin_lengths, length_from_value
 from lenvm_kernels.value_distribution import build_value_table, distribution_from_value
+from lenvm_runtime.closing import closing_tokens
 from lenvm_runtime.control_batch import ControlBatch
 from lenvm_runtime.default_model import cache_dir
 from lenvm_runtime.length_control import LengthControl
@@ -97,6 +98,9 @@ class Twin:
         self.num_tokens = served.config.vocab_size
         self._bins = bin_lengths(NUM_BINS, int(length_from_value(-1.0, GAMMA)))
         self._table = build_value_table(self._bins, GAMMA)
+        tokenizer = byte_tokenizer()
+        texts = tokenizer.batch_decode([[token] for token in range(self.num_tokens)])
+        self._closing = closing_tokens(texts, self.num_tokens)
 
     def values(self, token_ids: list[int]) -> Tensor:
         """V of every state of a sequence."""
@@ -154,7 +158,9 @@ class Twin:
         endless = [sampling.get("ignore_eos", False)]
         rows = ControlBatch.build([LengthControl.parse(control)], [len(prompt)], [top_k], "cpu", endless)
         assert rows is not None
-        guided = rows.guided_rows(torch.tensor([len(output)]), self._scaled_target(prompt, control))
+        last = torch.tensor((prompt + output)[-1:])
+        targets = self._scaled_target(prompt, control)
+        guided = rows.guided_rows(torch.tensor([len(output)]), targets, last, self._closing)
         candidates = select_candidates(
             logits[None],
             torch.tensor([temperature]),
@@ -163,9 +169,10 @@ class Twin:
             torch.tensor([sampling.get("min_p", 0.0)]),
             torch.tensor([EOS]),
             rows.num_candidates,
+            guided.may_end_anywhere,
         )
         if rows.has_limits:
-            candidates = limit_candidates(candidates, rows.max_rank, rows.endless)
+            candidates = limit_candidates(candidates, rows.max_rank, rows.endless, guided.may_end_anywhere)
         if not guided.needs_scoring(candidates):
             return None
         ids = candidates.ids[0].tolist()

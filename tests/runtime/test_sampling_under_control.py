@@ -139,6 +139,7 @@ def test_candidates_have_the_chances_of_penalized_and_biased_logits(controlled: 
 def test_an_eos_that_min_tokens_forbids_is_no_candidate() -> None:
     rows = [{"min_new_tokens": 5}, {"min_new_tokens": 2}, {}]
     logits = torch.zeros(3, VOCABULARY)
+    logits[:, EOS] = 5.0
     candidates, sampled = candidates_of(rows, [[7, 7, 7]] * 3, logits, [CONTROL] * 3)
     assert (candidates.logprobs[:, -1] > -torch.inf).tolist() == [False, True, True]
     assert (sampled[:, EOS] > -torch.inf).tolist() == [False, True, True]
