@@ -52,7 +52,9 @@ def register(gamma: float, max_length: int) -> None:
     ) -> AsyncGenerator[Any, None]:
         params = getattr(obj, "sampling_params", None)
         _check_controls(params)
-        queries = _read_queries(params, compat.vocab_size(manager))
+        vocab_size = compat.vocab_size(manager)
+        queries = _read_queries(params, vocab_size)
+        _check_input_ids(obj.input_ids, vocab_size, "input" if queries else "prompt")
         if queries:
             if hasattr(obj, _BUILDER):
                 raise LengthControlError("custom_params.lenvm.input_values", "is taken by /generate only")
@@ -79,6 +81,14 @@ def _check_controls(sampling_params: Any) -> None:
     """Refuse an unusable control here (ValueError: HTTP 400), before it reaches the scheduler."""
     for params in _each(sampling_params):
         check_sampling(LengthControl.from_custom_params(params.get("custom_params")), params)
+
+
+def _check_input_ids(input_ids: list[int] | list[list[int]] | None, vocab_size: int, field: str) -> None:
+    """Refuse a token that the model does not have (ValueError: HTTP 400): its embedding would end the scheduler."""
+    for given in input_ids or ():
+        worst = max(given, default=0) if isinstance(given, list) else given
+        if worst >= vocab_size:
+            raise LengthControlError(field, f"token id {worst} is not below the vocabulary's size {vocab_size}")
 
 
 def _read_queries(sampling_params: Any, vocab_size: int) -> list[ValueQuery]:

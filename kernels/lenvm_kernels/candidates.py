@@ -11,6 +11,8 @@ import torch
 
 TOP_K_ALL = 1 << 30
 """SGLang's top_k of a request without a top-k filter."""
+BANNED_BELOW = 60.0
+"""Logits that models give EOS lie at most about 25 below the greatest; OpenAI's logit_bias of -100 is a ban."""
 
 
 class Candidates(NamedTuple):
@@ -43,7 +45,8 @@ def select_candidates(
     (sum of the likelier ones) <= top_p, p >= min_p * max p. They need no more than the first K ranks.
     In exempt rows EOS ids pass K and the filters whatever their chance: they keep their true p(EOS) beside the
     others' p before the whole set is renormalised, so that an answer can end where the model gives it a chance
-    at all. In other rows EOS is a candidate like any token. Tokens with logit -inf (a grammar's mask) never are.
+    at all. In other rows EOS is a candidate like any token. Tokens with logit -inf (a grammar's mask) never are,
+    nor is an EOS id that a bias has put BANNED_BELOW under the greatest logit.
 
     Greedy rows (top_k <= 1, as SGLang marks them) get the K likeliest tokens at temperature 1, without
     top-p and min-p, which greedy decoding ignores: take the argmax after steering.
@@ -61,6 +64,7 @@ def select_candidates(
 
     eos_ids = eos_token_ids.expand(logits.shape[0], -1)  # [B, E]
     ids = torch.cat([top_ids, eos_ids], dim=-1)
+    eos_passes &= logits.gather(1, eos_ids) > logits.amax(-1, keepdim=True) - BANNED_BELOW
     eos_logprobs = logprobs.gather(1, eos_ids).masked_fill(~eos_passes, -torch.inf)
     weights = torch.cat([top_logprobs, eos_logprobs], dim=-1)
     eos_mask = torch.arange(ids.shape[1], device=ids.device) >= max_candidates

@@ -17,8 +17,8 @@ natural   p'(x) ~ p(x) * psi(x) ** strength,  psi(x) = sum_m P(m | x) * K(t + 1 
           before it), after a token that closes a sentence if one comes: with e = max((t + 1) / target - onset, 0),
           0 for t = 0, an EOS with p < min_eos * exp(-eos_haste * e) is forbidden, where e is less by patience
           unless the last token closed a sentence. If it did, EOS gains closing_haste * e nats, else the closing
-          candidates gain closing_haste * min(e, patience). AT_LEAST forbids EOS while t + 1 < target.
-          The last candidate is never forbidden.
+          candidates gain closing_haste * min(e, patience), where EOS is a candidate. AT_LEAST forbids EOS while
+          t + 1 < target. The last candidate is never forbidden.
 hard      one-hot at  EQUAL: argmin |length(v(x)) - max(target - t - 1, 0)|;  AT_LEAST: argmin v(x) while
           t + 1 < target;  AT_MOST: argmax v(x).  (Length Value Model, arXiv 2604.27039; first wins ties)
 tilt      p'(x) ~ p(x) * exp(beta * v(x)): beta > 0 shortens, beta < 0 lengthens; either strategy

@@ -41,7 +41,8 @@ def steer_candidates(
     eos_late = torch.where(after_closing, late, (late - kernel.patience).clamp(min=0.0))
     cutting = ends_naturally & (candidate_logprobs.exp() < kernel.min_eos * (-kernel.eos_haste * eos_late).exp())
     logprobs = _forbid_eos(candidate_logprobs, eos_mask, unmet | cutting)  # [B, C]
-    hurried = ends_naturally & torch.where(after_closing, eos_mask, closing_mask)
+    may_end = ((candidate_logprobs > -torch.inf) & eos_mask).any(-1, keepdim=True)  # a grammar may forbid it
+    hurried = ends_naturally & may_end & torch.where(after_closing, eos_mask, closing_mask)
     hurry = torch.where(after_closing, late, late.clamp(max=kernel.patience))
     logprobs = logprobs + torch.where(hurried, kernel.closing_haste * hurry, 0.0)
     log_psi = _log_psi(bin_logprobs, eos_mask, bin_lengths, end_length, mode, target, kernel)

@@ -167,7 +167,8 @@ def _steer_row(  # type: ignore[no-untyped-def]
     eos_late = tl.where(after_closing, late, tl.maximum(late - patience, 0.0))
     cutting = ends_naturally & (tl.exp(given) < min_eos * tl.exp(-eos_haste * eos_late))  # [C]
     logprobs = tl.where(is_eos & (unmet | cutting) & others_left, float("-inf"), given)
-    hurried = ends_naturally & tl.where(after_closing, is_eos, closes)
+    may_end = tl.max(((given > float("-inf")) & is_eos).to(tl.int32), axis=0) > 0
+    hurried = ends_naturally & may_end & tl.where(after_closing, is_eos, closes)
     hurry = tl.where(after_closing, late, tl.minimum(late, patience))
     logprobs += tl.where(hurried, closing_haste * hurry, 0.0)
     candidate = logprobs > float("-inf")

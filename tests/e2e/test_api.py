@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any
 
 import httpx
@@ -233,3 +234,38 @@ def test_page_and_metrics_are_served(stack: Stack) -> None:
     assert "<html" in httpx.get(f"{stack.gateway_url}/").text
     metrics = httpx.get(f"{stack.gateway_url}/metrics").text
     assert "lenvm_" in metrics
+
+
+@pytest.mark.parametrize(
+    ("route", "fields", "field"),
+    [
+        ("completions", {"prompt": [99_999_999], "max_tokens": 1}, "prompt"),
+        ("completions", {"prompt": [[5, 6], [49_152]], "max_tokens": 1, "stream": True}, "prompt"),
+        ("length/values", {"input": [[5, 49_152]]}, "input"),
+    ],
+)
+def test_a_token_that_the_model_does_not_have_is_refused(
+    stack: Stack, model_name: str, route: str, fields: dict[str, Any], field: str
+) -> None:
+    answer = httpx.post(f"{stack.gateway_url}/v1/{route}", json={"model": model_name, **fields}, timeout=60)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == field
+    assert httpx.get(f"{stack.gateway_url}/ready", timeout=60).status_code == 200
+
+
+@pytest.mark.parametrize("mode", ["equal", "at_most"])
+def test_text_that_a_schema_holds_open_is_not_filled_with_full_stops(
+    client: openai.OpenAI, model_name: str, mode: str
+) -> None:
+    properties = {"title": {"type": "string"}, "steps": {"type": "array", "items": {"type": "string"}}}
+    schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+    answer = client.chat.completions.create(
+        model=model_name,
+        messages=[{"role": "user", "content": "How is bread made?"}],
+        temperature=0,
+        max_completion_tokens=200,
+        response_format={"type": "json_schema", "json_schema": {"name": "recipe", "strict": True, "schema": schema}},
+        extra_body={"length_control": {"mode": mode, "target": 20}},
+    )
+    content = answer.choices[0].message.content
+    assert re.search(r"(\.\w+){3}", content) is None  # bread.b.bread.b

@@ -165,3 +165,10 @@ def test_nothing_is_read_back_to_the_host() -> None:
     ids, logprobs, _ = select_candidates(**batch, eos_token_ids=eos, max_candidates=7)
     scatter_candidates(batch["logits"], ids, logprobs, batch["temperatures"], guided)
     release_filters(batch["top_ks"], batch["top_ps"], batch["min_ps"], guided)
+
+
+def test_an_eos_that_a_bias_bans_is_no_candidate() -> None:
+    batch = make_batch(3) | {"exempt_eos": torch.ones(3, dtype=torch.bool)}
+    batch["logits"][:, EOS] = torch.tensor([[-100.0, 0.0], [-40.0, 0.0], [-100.0, -100.0]])
+    _, logprobs, eos_mask = select(batch, 33)
+    assert (logprobs[eos_mask].view(3, 2) > -torch.inf).tolist() == [[False, True], [True, True], [False, False]]

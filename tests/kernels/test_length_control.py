@@ -159,6 +159,8 @@ def expected_row(batch: Batch, i: int) -> list[float]:
     if any(not eos[c] for c in left):
         left = [c for c in left if not eos[c] or given[c] >= least_eos]
     hurried = (batch.eos_mask if batch.after_closing[i] else batch.closing_mask)[i]
+    if not any(eos[c] and given[c] > 0 for c in columns):
+        boost = 1.0
     given = [p * boost if hurried[c] else p for c, p in enumerate(given)]
     if batch.strategy[i] == Strategy.HARD:
         remaining = max(target - end, 0)
@@ -314,6 +316,12 @@ def test_sentences_are_closed_from_the_onset_on(mode: Mode, onset: int) -> None:
     assert eos[1] / (1 - eos[1]) > gain * eos[0] / (1 - eos[0])  # then the answer ends
     most = math.exp(KERNEL.closing_haste * KERNEL.patience)
     assert closing_over_other(onset + 300) == pytest.approx(most, rel=1e-4)
+
+
+def test_where_a_grammar_forbids_the_end_no_sentence_is_closed() -> None:
+    closing, other, eos = at_length(Mode.EQUAL, 150, 0.0, after_closing=False).tolist()
+    assert closing == pytest.approx(other, rel=1e-4)
+    assert eos == 0
 
 
 def test_hard_control_ends_at_the_target_whatever_eos_has() -> None:
