@@ -85,6 +85,7 @@ def test_an_experiment_from_prompts_to_figures(tmp_path: Path, capsys: pytest.Ca
         assert lines("rollouts.jsonl") == rows, "nothing is sampled twice"
     prompts, held_out = lines("prompts.jsonl"), lines("eval_prompts.jsonl")
     assert {row["domain"] for row in prompts} == {"words", "self_made"}
+    assert {row["sampling"]["max_new_tokens"] for row in lines("prompts.turns.jsonl")} == {256}
     assert not {row["id"] for row in prompts} & {row["id"] for row in held_out}
     assert len(rows) == 2 * len(prompts)
     assert len(lines("eval.jsonl")) == 4 * len(held_out)
@@ -184,7 +185,7 @@ NEEDS = "--prompts prompts.jsonl --model backbone"
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [
-        ("rollouts", "config.yaml", "prompts.jsonl: no such prompt file; lenvm prompts writes it"),
+        ("rollouts", "config.yaml", "eval_prompts.jsonl: no such prompt file; lenvm prompts writes it"),
         ("group", f"gone.jsonl out.jsonl {NEEDS}", "gone.jsonl: cannot be read"),
         ("group", f"rollouts.jsonl out.jsonl {NEEDS}", "prompts.jsonl: No such file or directory"),
         ("group", f"nameless.jsonl out.jsonl {NEEDS}", "nameless.jsonl:1: field 'domain' is missing"),

@@ -34,7 +34,8 @@ class PromptSettings:
     """Prompt files to write: ``out``, and ``eval_out`` with ``eval_fraction`` of the prompts.
 
     ``templates``: prompts of each built-in template family; ``self_made``: how many user turns the served
-    model is asked to write (needs its endpoint, see ``rollouts``).
+    model is asked to write (needs its endpoint, see ``rollouts``), of ``self_made_tokens`` at most: those that go on
+    are left out.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = STRICT
@@ -44,6 +45,7 @@ class PromptSettings:
     sources: tuple[PromptSource, ...] = ()
     templates: int = 0
     self_made: int = 0
+    self_made_tokens: int = 256
     eval_fraction: float = 0.02
     image_folder: str = "data/images"
     seed: int = 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from lenvm_kernels.checkpoint import load_head
 from lenvm_kernels.checkpoint_files import CANDIDATE_FILE
 from lenvm_training.config import ConfigError, Experiment, PromptSettings, RolloutSettings
-from lenvm_training.endpoints import EngineError, Retry
+from lenvm_training.endpoints import EngineError, Retry, Sampling
 from lenvm_training.model import LenVMConfig, default_device, load_language_model, load_lenvm, resolve_folder
 from lenvm_training.prompt_sources import load_prompts, split_prompts
 from lenvm_training.prompts import Prompt, read_prompts, template_prompts
@@ -46,7 +46,7 @@ def write_prompts(experiment: Experiment, command: Sequence[str]) -> None:
         raise ConfigError("prompts: missing")
     prompts: list[Prompt] = []
     if settings.self_made:
-        _check_before_sampling(_rollout_settings(experiment), _turns_file(settings))
+        _check_before_sampling(experiment, _turn_sampling(experiment), _turns_file(settings))
         if not _engine_url(experiment):
             return _run_with_engine(experiment, command)
         prompts += _self_made(experiment, settings)
@@ -70,31 +70,35 @@ def _turns_file(settings: PromptSettings) -> Path:
 def _self_made(experiment: Experiment, settings: PromptSettings) -> list[Prompt]:
     from transformers import AutoTokenizer
 
-    sampling = _rollout_settings(experiment).sampling
     tokenizer = AutoTokenizer.from_pretrained(_served_folder(experiment))
     path, count = _turns_file(settings), settings.self_made
-    asyncio.run(_sample(experiment, [TURN], EmptyTurnEncoder(tokenizer), path, count))
+    asyncio.run(_sample(experiment, [TURN], EmptyTurnEncoder(tokenizer), path, count, _turn_sampling(experiment)))
     prompts = prompts_from_turns(read_rollouts(path), tokenizer)
-    say(f"self-made: {len(prompts)} different prompts of {count} turns ({sampling.max_new_tokens} tokens)")
+    say(f"self-made: {len(prompts)} different prompts of {count} turns ({settings.self_made_tokens} tokens at most)")
     return prompts
 
 
+def _turn_sampling(experiment: Experiment) -> Sampling:
+    assert experiment.prompts is not None
+    return replace(_rollout_settings(experiment).sampling, max_new_tokens=experiment.prompts.self_made_tokens)
+
+
 def write_rollouts(experiment: Experiment, command: Sequence[str]) -> None:
-    """Sample completions of both prompt files, starting the engine when no address is given."""
+    """Sample completions of both prompt files, evaluation first; starts the engine when no address is given."""
     settings = _rollout_settings(experiment)
     if experiment.prompts is None:
         raise ConfigError("prompts: missing: 'out' and 'eval_out' name the prompt files")
     parts = (
-        (_read_prompts(experiment.prompts.out), settings.out, settings.samples),
         (_read_prompts(experiment.prompts.eval_out), settings.eval_out, settings.eval_samples),
+        (_read_prompts(experiment.prompts.out), settings.out, settings.samples),
     )
-    _check_before_sampling(settings, Path(settings.out), Path(settings.eval_out))
+    _check_before_sampling(experiment, settings.sampling, Path(settings.out), Path(settings.eval_out))
     if not _engine_url(experiment):
         return _run_with_engine(experiment, command)
     for prompts, out, samples in parts:
         encoder = CachedEncoder(_encoder(experiment, prompts))
         kept = [prompt for prompt in prompts if len(encoder.encode(prompt)) <= settings.max_prompt_tokens]
-        added = asyncio.run(_sample(experiment, kept, encoder, Path(out), samples))
+        added = asyncio.run(_sample(experiment, kept, encoder, Path(out), samples, settings.sampling))
         say(f"{out}: {added} completions added; {len(prompts) - len(kept)} prompts were too long")
         write_length_report(load_rollouts([out]), Path(out).with_suffix(""))
     return None
@@ -106,11 +110,11 @@ def _read_prompts(path: str) -> list[Prompt]:
     return read_prompts(Path(path))
 
 
-def _check_before_sampling(settings: RolloutSettings, *paths: Path) -> None:
+def _check_before_sampling(experiment: Experiment, sampling: Sampling, *paths: Path) -> None:
     """What would stop the sampling, before an engine is started for it. Raises ValueError."""
-    reserve_files(settings.concurrency)
+    reserve_files(_rollout_settings(experiment).concurrency)
     for path in paths:
-        check_sampling(path, settings.sampling)
+        check_sampling(path, sampling)
 
 
 def _encoder(experiment: Experiment, prompts: Sequence[Prompt]) -> PromptEncoder:
@@ -123,7 +127,12 @@ def _encoder(experiment: Experiment, prompts: Sequence[Prompt]) -> PromptEncoder
 
 
 async def _sample(
-    experiment: Experiment, prompts: list[Prompt], encoder: PromptEncoder, path: Path, samples: int
+    experiment: Experiment,
+    prompts: list[Prompt],
+    encoder: PromptEncoder,
+    path: Path,
+    samples: int,
+    sampling: Sampling,
 ) -> int:
     settings = _rollout_settings(experiment)
     stop = asyncio.Event()
@@ -134,7 +143,7 @@ async def _sample(
         _engine_url(experiment),
         path,
         samples,
-        settings.sampling,
+        sampling,
         settings.concurrency,
         settings.seed,
         settings.api,
