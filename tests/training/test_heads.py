@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lenvm_kernels.checkpoint import Head, load_head, save_head
 from lenvm_kernels.checkpoint_files import CheckpointError
 from lenvm_kernels.heads import CandidateHead, HeadConfig, ValueHead, join_features
 from lenvm_kernels.length_distribution import expected_length, quantile_length
-from lenvm_kernels.length_value import bin_edges, bin_index, bin_lengths
+from lenvm_kernels.length_value import bin_edges, bin_index, bin_lengths, length_from_value
 
 torchvision_schema.declare_if_missing()
 
@@ -146,6 +147,25 @@ def test_states_of_something_else_are_never_reused(model: Any, tmp_path: Path, c
         extract_states(other, rows, layers, count, tmp_path / "shared", seed),
         extract_states(other, rows, layers, count, tmp_path / "own", seed),
     )
+
+
+def test_cut_completions_count_where_their_return_is_known() -> None:
+    """Limit 8, gamma 0.5: states before position 2 of all completions; a value head of zeros says -0.5."""
+    head = Head(replace(CONFIG, gamma=0.5), ValueHead(CONFIG.hidden_size).eval(), CandidateHead(CONFIG).eval())
+    for parameter in head.value_head.parameters():
+        torch.nn.init.zeros_(parameter)
+    position, remaining = torch.tensor([0, 0, 0, 0, 1, 2, 5]), torch.tensor([8, 2, 4, 3, 1, 6, 1])
+    censored = torch.tensor([True, False, False, False, False, True, False])
+    zeros, none = torch.zeros(7, CONFIG.hidden_size), torch.zeros(7, dtype=torch.int64)
+    held = StateTable(zeros, zeros[:, None].repeat(1, len(LAYERS), 1), none, position, remaining, censored, none)
+    rows = [{"prompt_id": "a"}]
+    figures = evaluate_head(head, held, held, LAYERS, rows)
+    returns = [-(1 - 0.5**8 / 2), *(-(1 - 0.5**length) for length in (2, 4, 3, 1))]
+    assert figures["early_mse"] == pytest.approx(sum((-0.5 - value) ** 2 for value in returns) / 5)
+    mean = sum(returns) / 5
+    assert figures["early_mse_constant"] == pytest.approx(sum((mean - value) ** 2 for value in returns) / 5)
+    actual = length_from_value(torch.tensor(-(1 - 0.5**8) + sum(returns[1:4])) / 4, 0.5)
+    assert figures["boundary_mre"] == pytest.approx(abs(1 - actual.item()) / actual.item())
 
 
 def test_training_learns_and_the_folder_round_trips(model: Any, tmp_path: Path) -> None:

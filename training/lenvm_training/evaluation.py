@@ -1,7 +1,9 @@
 """Evaluation of a head on completions of held-out prompts.
 
-Censored completions (cut by the token limit) are left out of the figures of the value head, and counted at
-the limit in those of the predicted distribution, whose mean is cut there too (restricted mean).
+Completions cut by the token limit T are censored: their return at t is only known to lie in
+(-1, -(1 - gamma^(T - t))]. At the prompt boundary they count at the limit, which is at most gamma^T too near
+the end; so do they for the predicted distribution, whose mean is cut there too (restricted mean). Errors over the
+states of whole answers leave them out, and so favour short ones; those over `EARLY` states count all completions.
 """
 
 from __future__ import annotations
@@ -10,19 +12,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from scipy.stats import kendalltau
 from torch import Tensor
 
 from lenvm_kernels.checkpoint import Head
 from lenvm_kernels.length_distribution import expected_length, quantile_length
 from lenvm_kernels.length_value import length_from_value, value_from_length
 from lenvm_training.features import StateTable
+from lenvm_training.metrics import rank_agreement
 from lenvm_training.trainer import features_of
 
 FRACTIONS = (0.25, 0.5, 0.75)
 FRACTION_WIDTH = 0.05
 POSITION_BINS = 40
 INTERVAL = (0.1, 0.9)
+EARLY = 0.25
+"""Share of the token limit: before it the return of every completion is known to within gamma^(0.75 T)."""
 MIN_SAMPLES = 4
 
 
@@ -35,8 +39,10 @@ def evaluate_head(
 ) -> dict[str, float]:
     """Figures of ``head`` on ``held_out`` (states of ``rollouts``); ``train`` fits the baselines.
 
-    * ``value_mse``, and that of the best constant and of the best function of the position alone;
-    * at the prompt boundary, against the samples of each prompt: ``boundary_tau`` (Kendall) and
+    * ``value_mse``, and that of the best constant and of the best function of the position alone, over the states of
+      finished completions; ``early_*``: the same over the first quarter of the token limit of all completions,
+      a cut one's return taken in the middle of what it can be (there the other two know the held-out states);
+    * at the prompt boundary, against the mean of the samples of each prompt: ``boundary_tau`` (Kendall) and
       ``boundary_mre`` (mean relative error; truth and prediction in return space, as in the paper's
       equations 13 to 15), and ``boundary_tau_expected``, ``boundary_mre_expected`` of the predicted
       distribution's mean in plain tokens, both sides cut at the token limit;
@@ -48,8 +54,8 @@ def evaluate_head(
     known_train, known = train.select(~train.censored), held_out.select(~held_out.censored)
     features = features_of(known, head.config, layers).float()
     returns = value_from_length(known.remaining.float(), gamma)
+    values = _values(head, known)
     with torch.inference_mode():
-        values = head.value_head(features[:, : head.config.hidden_size])
         logprobs = head.candidate_head.state_logprobs(features)
     lengths = head.candidate_head.bin_lengths
     distribution_values = (logprobs.exp() * value_from_length(lengths, gamma)).sum(-1)
@@ -65,24 +71,57 @@ def evaluate_head(
     figures["value_mse_over_position"] = figures["value_mse"] / figures["value_mse_position"]
     figures["value_mse_over_constant"] = figures["value_mse"] / figures["value_mse_constant"]
     figures["distribution_mse_over_position"] = figures["value_mse_distribution"] / figures["value_mse_position"]
-    figures |= _value_boundary_figures(known, values, rollouts, gamma)
-    figures |= _distribution_boundary_figures(head, held_out.select(held_out.position == 0), layers, rollouts)
+    figures |= _early_figures(head, held_out)
+    boundary = held_out.select(held_out.position == 0)
+    figures |= _value_boundary_figures(head, boundary, rollouts)
+    figures |= _distribution_boundary_figures(head, boundary, layers, rollouts)
     return figures | _remaining_errors(known, length_from_value(values, gamma))
 
 
-def _value_boundary_figures(
-    known: StateTable, values: Tensor, rollouts: Sequence[dict[str, Any]], gamma: float
-) -> dict[str, float]:
-    """Agreement of V(s_0) with the mean return of each prompt's finished samples (at least MIN_SAMPLES)."""
-    at_boundary = known.position == 0
-    boundary = known.select(at_boundary)
+def _early_figures(head: Head, held_out: StateTable) -> dict[str, float]:
+    """Errors over the states before EARLY of the token limit, of all completions; {} where nothing was cut.
+
+    The constant and the function of the position are fitted to these states themselves.
+    """
+    if not held_out.censored.any():
+        return {}
+    limit = int((held_out.position + held_out.remaining)[held_out.censored].max())
+    early = held_out.select(held_out.position < EARLY * limit)
+    returns = _middle_returns(early, head.config.gamma)
+    mse = _mse(_values(head, early), returns)
+    of_position = _mse(_position_only(early.position, returns, early.position), returns)
+    return {
+        "early_mse": mse,
+        "early_mse_constant": _mse(returns.mean(), returns),
+        "early_mse_position": of_position,
+        "early_mse_over_position": mse / of_position,
+    }
+
+
+def _middle_returns(states: StateTable, gamma: float) -> Tensor:
+    """Realised returns; of cut completions the middle of (-1, -(1 - gamma^remaining)]."""
+    returns = value_from_length(states.remaining.float(), gamma)
+    return torch.where(states.censored, (returns - 1) / 2, returns)
+
+
+def _values(head: Head, states: StateTable) -> Tensor:
+    with torch.inference_mode():
+        values: Tensor = head.value_head(states.final.float())
+    return values
+
+
+def _value_boundary_figures(head: Head, boundary: StateTable, rollouts: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Agreement of V(s_0) with the mean return of each prompt's samples (at least MIN_SAMPLES)."""
+    gamma = head.config.gamma
     groups = _by_prompt(boundary, rollouts)
     returns = [value_from_length(boundary.remaining[group].float(), gamma).mean() for group in groups]
     actual = length_from_value(torch.stack(returns), gamma)
-    predicted = length_from_value(values[at_boundary][torch.stack([group[0] for group in groups])], gamma)
+    first = boundary.select(torch.stack([group[0] for group in groups]))
+    predicted = length_from_value(_values(head, first), gamma)
     return {
         "num_prompts": float(len(groups)),
-        "boundary_tau": float(kendalltau(predicted, actual).statistic),
+        "samples_per_prompt": sum(map(len, groups)) / len(groups),
+        "boundary_tau": rank_agreement(predicted.double().numpy(), actual.double().numpy()),
         "boundary_mre": _mre(predicted, actual),
     }
 
@@ -102,7 +141,7 @@ def _distribution_boundary_figures(
     low, high = (quantile_length(logprobs, lengths, level).round() for level in INTERVAL)
     inside = (boundary.remaining >= low) & (boundary.remaining <= high)
     return {
-        "boundary_tau_expected": float(kendalltau(predicted, actual).statistic),
+        "boundary_tau_expected": rank_agreement(predicted.double().numpy(), actual.double().numpy()),
         "boundary_mre_expected": _mre(predicted, actual),
         "interval_coverage": inside.float().mean().item(),
     }

@@ -35,6 +35,10 @@ _ROWS = (
     ("value_mse_over_constant", "value head / constant"),
     ("value_mse_over_position", "value head / position only"),
     ("distribution_mse_over_position", "distribution / position only"),
+    ("early_mse", "all completions, first quarter of the token limit: MSE of V(s_t)"),
+    ("early_mse_constant", "best constant there"),
+    ("early_mse_position", "best function of the position alone there"),
+    ("early_mse_over_position", "value head / position only there"),
     ("boundary_tau", "prompt boundary, value head: Kendall tau against the mean of the samples (return space)"),
     ("boundary_mre", "prompt boundary, value head: mean relative error (return space)"),
     ("boundary_tau_expected", "prompt boundary, mean of the distribution cut at the limit: Kendall tau"),
@@ -57,7 +61,7 @@ def write_model_card(
 ) -> None:
     """Write ``README.md`` and ``figures.json`` beside the weights. ``backbone``: the served model's folder."""
     (folder / FIGURES_FILE).write_text(json.dumps(figures, indent=2) + "\n")
-    table = "\n".join(f"| {label} | {figures[name]:.4f} |" for name, label in _ROWS)
+    table = "\n".join(f"| {label} | {figures[name]:.4f} |" for name, label in _ROWS if name in figures)
     (folder / CARD_FILE).write_text(
         f"""{front_matter("head", config.base_model, backbone)}# LenVM head for {config.base_model}
 
@@ -83,7 +87,8 @@ out of the value targets, and "at least this long" for the distribution.
 ## Figures on the held-out prompts
 
 {figures["num_completions"]:.0f} finished completions, {figures["num_states"]:.0f} states;
-{figures["num_prompts"]:.0f} prompts with at least 4 finished samples at the prompt boundary.
+{figures["num_prompts"]:.0f} prompts with {figures["samples_per_prompt"]:.1f} samples each at the prompt boundary,
+where a cut sample counts at the token limit.
 
 | figure | |
 | --- | --- |
