@@ -144,6 +144,11 @@ def _candidate_rows(states: StateTable, config: HeadConfig, layers: tuple[int, .
     return StateRows(features=features, labels=states.remaining, censored=states.censored, next_token=states.next_token)
 
 
+def _as_fetched(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`StateRows` makes batches; nothing is left to collate."""
+    return batch
+
+
 def _fit(
     name: str,
     module: nn.Module,
@@ -155,11 +160,12 @@ def _fit(
     """Train ``module`` in place, from its last checkpoint if there is one, and leave it at its best epoch."""
     record = _record(module, train, validation, settings, loss_settings)
     output = Path(settings.work) / name / hashlib.sha256(record.encode()).hexdigest()[:16]
+    arguments = head_arguments(settings, output, len(validation))
     claim_output(output, record)
     trainer = HeadTrainer(
         module,
-        head_arguments(settings, output, len(validation)),
-        data_collator=lambda batch: batch,  # `StateRows` makes batches
+        arguments,
+        data_collator=_as_fetched,
         train_dataset=train,
         eval_dataset=validation,
     )
