@@ -124,8 +124,17 @@ def test_heads_on_frozen_states_are_trained_by_the_same_command(tmp_path: Path) 
     write_rows(tmp_path / "eval.jsonl", make_rows(12, 1, num_samples=6))
     heads = {"work": "states", "out": "head", "epochs": 3, "states": 6, "num_bins": 8, "max_length": 32, "rank": 8}
     config = write_config(tmp_path, heads=heads, training=None)
-    assert commands.train([config]) == 0
+    assert commands.train([config, "heads.training.learning_rat=1"]) == 2
+    assert not Path("states").exists()
+    assert commands.train([config, "heads.censored=bound", "heads.training={learning_rate: 1e-2, seed: 3}"]) == 0
     assert json.loads(Path("head/lenvm_config.json").read_text())["num_bins"] == 8
+    assert {"value_loss.png", "candidate_loss.png", "figures.json"} <= {path.name for path in Path("head").iterdir()}
+    card = Path("head/README.md").read_text()
+    assert '"learning_rate": 0.01' in card
+    assert 'at most the return of "at least this long" for the value' in card
+    trained = Path("head/value_head.safetensors").read_bytes()
+    assert commands.train([config, "heads.censored=bound", "heads.training={learning_rate: 1e-2, seed: 3}"]) == 0
+    assert Path("head/value_head.safetensors").read_bytes() == trained
     assert commands.evaluate([config]) == 0
     assert json.loads(Path("run/evaluation/evaluation.json").read_text())["served"]["all"]["mean_width"] > 0
     assert "## Prompt boundary by domain" in Path("head/README.md").read_text()

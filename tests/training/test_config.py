@@ -64,6 +64,10 @@ def test_shipped_sweeps_are_valid(path: Path) -> None:
         ("rollouts={out: a, eval_out: b, sampling: {top_q: 1}}", "f.yaml: rollouts.sampling.top_q: unknown key"),
         ("model.lora={rank: 3}", "f.yaml: model.lora.rank: unknown key"),
         ("heads.colour=red", "f.yaml: heads.work: missing"),
+        (
+            "heads={work: w, out: o, censored: keep}",
+            "f.yaml: heads.censored: must be one of leave_out, bound, got 'keep'",
+        ),
         ("training=null", "f.yaml: give exactly one of 'training' and 'heads'"),
         ("training={}", "f.yaml: training.output_dir: missing"),
         ("model=3", "f.yaml: model: Input should be a dictionary"),

@@ -27,9 +27,11 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from lenvm_training.evaluation import evaluate_head  # noqa: E402
 from lenvm_training.features import StateTable, extract_states  # noqa: E402
+from lenvm_training.head_losses import length_nll  # noqa: E402
+from lenvm_training.head_settings import HeadsSettings  # noqa: E402
+from lenvm_training.head_trainer import recorded_settings, train_head  # noqa: E402
 from lenvm_training.heads_run import shared_sampling  # noqa: E402
 from lenvm_training.model_card import add_evaluation, front_matter, write_model_card  # noqa: E402
-from lenvm_training.trainer import TrainSettings, length_nll, train_head  # noqa: E402
 
 LAYERS = (0,)
 CONFIG = HeadConfig("tiny", 32, 50, 0.97, 12, 128, 16, LAYERS, (2,))
@@ -168,20 +170,31 @@ def test_cut_completions_count_where_their_return_is_known() -> None:
     assert figures["boundary_mre"] == pytest.approx(abs(1 - actual.item()) / actual.item())
 
 
+def embeddings_of(model: Any) -> torch.Tensor:
+    embeddings: torch.Tensor = model.get_input_embeddings().weight.detach()
+    return embeddings
+
+
 def test_training_learns_and_the_folder_round_trips(model: Any, tmp_path: Path) -> None:
     train_rows, held_rows = rollouts(40, 2), rollouts(12, 3)
     train = extract_states(model, train_rows, LAYERS, 16, tmp_path / "train")
     held = extract_states(model, held_rows, LAYERS, 16, tmp_path / "held")
-    settings = TrainSettings(epochs=30, batch_size=256, learning_rate=5e-3, warmup_steps=5)
-    embeddings = model.get_input_embeddings().weight.detach()
-    head = train_head(CONFIG, train, held, LAYERS, embeddings, settings)
+    training = {"per_device_train_batch_size": 64, "learning_rate": 5e-3, "disable_tqdm": True}
+    settings = HeadsSettings(str(tmp_path / "work"), "", LAYERS, epochs=8, training=training)
+    head, logs = train_head(CONFIG, train, held, embeddings_of(model), settings)
+    for name, log in logs.items():
+        losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+        assert len(losses) == 8
+        assert min(losses) < losses[0]
+        assert list((tmp_path / "work" / name).rglob("events.out.tfevents.*"))
     figures = evaluate_head(head, train, held, LAYERS, held_rows)
     assert figures["value_mse_over_constant"] < 0.5
     assert figures["boundary_tau"] > 0.7
     assert 0 <= figures["interval_coverage"] <= 1
     folder = tmp_path / "head"
     save_head(head, folder)
-    write_model_card(folder, CONFIG, settings, train_rows, held_rows, figures, tmp_path)
+    recorded = {"censored": "bound", **recorded_settings(settings)}
+    write_model_card(folder, CONFIG, recorded, train_rows, held_rows, figures, tmp_path)
     card = ModelCard.load(folder / "README.md")
     expected = {"library_name": "lenvm", "license": "unknown", "tags": ["lenvm", "length-prediction"]}
     assert card.data.to_dict() == expected

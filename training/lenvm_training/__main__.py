@@ -133,7 +133,8 @@ async def _sample(prompts: list[Prompt], tokenizer: Any, sampling: Sampling, par
 
 
 def _train(parsed: argparse.Namespace) -> None:
-    from lenvm_training.heads_run import HeadsSettings, train_heads
+    from lenvm_training.head_settings import HeadsSettings
+    from lenvm_training.heads_run import train_heads
 
     layers = tuple(int(layer) for layer in parsed.layers.split(",") if layer)
     settings = HeadsSettings(

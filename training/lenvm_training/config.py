@@ -15,7 +15,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from lenvm_training.endpoints import Retry, Sampling
-from lenvm_training.heads_run import HeadsSettings
+from lenvm_training.head_settings import HeadsSettings
 from lenvm_training.model import ModelSettings
 from lenvm_training.prompt_sources import PromptSource
 from lenvm_training.rollout_data import DataSettings

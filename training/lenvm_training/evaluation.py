@@ -18,8 +18,8 @@ from lenvm_kernels.checkpoint import Head
 from lenvm_kernels.length_distribution import expected_length, quantile_length
 from lenvm_kernels.length_value import length_from_value, value_from_length
 from lenvm_training.features import StateTable
+from lenvm_training.head_losses import features_of
 from lenvm_training.metrics import rank_agreement
-from lenvm_training.trainer import features_of
 
 FRACTIONS = (0.25, 0.5, 0.75)
 FRACTION_WIDTH = 0.05

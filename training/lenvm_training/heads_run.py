@@ -4,39 +4,21 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from lenvm_kernels.checkpoint import save_head
 from lenvm_kernels.heads import HeadConfig
+from lenvm_training import plots
 from lenvm_training.evaluation import evaluate_head
 from lenvm_training.features import extract_states
+from lenvm_training.head_settings import HeadsSettings
+from lenvm_training.head_trainer import head_arguments, recorded_settings, train_head
 from lenvm_training.model import default_device
 from lenvm_training.model_card import write_model_card
-from lenvm_training.trainer import TrainSettings, train_head
-
-
-@dataclass(frozen=True)
-class HeadsSettings:
-    """Heads on frozen states. ``work`` keeps the states (reused), ``out`` is the head folder to write.
-
-    ``layers``: decoder layers read beside the final state; ``num_bins``, ``max_length``: bins of remaining lengths.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    work: str
-    out: str
-    layers: tuple[int, ...] = ()
-    rank: int = 256
-    epochs: int = 8
-    states: int = 24
-    num_bins: int = 32
-    max_length: int = 1024
 
 
 def train_heads(
@@ -49,8 +31,10 @@ def train_heads(
 ) -> dict[str, float]:
     """Train, evaluate and write the head folder with its card; returns the figures on ``held_rollouts``.
 
-    ``backbone`` is the served model's folder, ``base_model`` its name for the card.
+    ``backbone`` is the served model's folder, ``base_model`` its name for the card. Raises ValueError for settings
+    and rollouts that cannot be used; for a bad key of ``heads.training``, before anything is loaded.
     """
+    head_arguments(settings, Path(settings.work), 1)
     model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.bfloat16).to(default_device()).eval()
     layers, work, out = settings.layers, Path(settings.work), Path(settings.out)
     states = extract_states(model, rollouts, layers, settings.states, work / "train")
@@ -58,12 +42,14 @@ def train_heads(
     train, validation = states.select(~in_validation), states.select(in_validation)
     held_out = extract_states(model, held_rollouts, layers, settings.states, work / "eval")
     config = _head_config(settings, model, base_model, gamma, shared_sampling(rollouts))
-    optimisation = TrainSettings(epochs=settings.epochs)
     embeddings = model.get_input_embeddings().weight.detach().cpu()
-    head = train_head(config, train, validation, layers, embeddings, optimisation)
+    head, logs = train_head(config, train, validation, embeddings, settings)
     figures = evaluate_head(head, train, held_out, layers, held_rollouts)
     save_head(head, out)
-    write_model_card(out, config, optimisation, rollouts, held_rollouts, figures, backbone)
+    plots.plot_loss(out / "value_loss.png", logs["value"], "eval_loss")
+    plots.plot_loss(out / "candidate_loss.png", logs["candidate"], "eval_loss", "negative log-likelihood, nats")
+    recorded = {"censored": settings.censored, **recorded_settings(settings)}
+    write_model_card(out, config, recorded, rollouts, held_rollouts, figures, backbone)
     return figures
 
 

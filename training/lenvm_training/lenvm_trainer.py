@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -89,7 +90,7 @@ def train_lenvm(run: LenVMRun) -> dict[str, float]:
     arguments = training_arguments(run.training)
     output = Path(arguments.output_dir)
     with arguments.main_process_first():
-        _claim_output(output, run)
+        claim_output(output, TypeAdapter(LenVMRun).dump_json(run, indent=2).decode() + "\n")
         checkpoint = last_checkpoint(output)
     torch.manual_seed(arguments.seed)
     train, held_out = _load_datasets(run.data)
@@ -116,23 +117,25 @@ def train_lenvm(run: LenVMRun) -> dict[str, float]:
     return figures
 
 
-def training_arguments(settings: dict[str, Any]) -> TrainingArguments:
+def training_arguments(
+    settings: Mapping[str, Any], own: Mapping[str, Any] = FIXED_ARGUMENTS, section: str = "training"
+) -> TrainingArguments:
     """transformers.TrainingArguments of a mapping, on the CPU where there is no accelerator.
 
-    Raises ValueError naming an unknown or unusable key.
+    ``own``: arguments that only the caller sets, beside FIXED_ARGUMENTS. Raises ValueError naming an unknown or
+    unusable key of ``section``.
     """
     defaults = {"use_cpu": not torch.accelerator.is_available()}
-    fixed = sorted(FIXED_ARGUMENTS.keys() & settings.keys())
-    if fixed:
-        raise ValueError(f"training.{fixed[0]}: is set by the trainer itself")
-    known = TrainingArguments.__dataclass_fields__
-    for name in settings:
-        if name not in known:
-            raise ValueError(f"training.{name}: not one of transformers.TrainingArguments")
+    fixed = {**FIXED_ARGUMENTS, **own}
+    for name in sorted(settings):
+        if name in fixed:
+            raise ValueError(f"{section}.{name}: is set by the trainer itself")
+        if name not in TrainingArguments.__dataclass_fields__:
+            raise ValueError(f"{section}.{name}: not one of transformers.TrainingArguments")
     try:
-        (parsed,) = HfArgumentParser(TrainingArguments).parse_dict({**defaults, **settings, **FIXED_ARGUMENTS})
+        (parsed,) = HfArgumentParser(TrainingArguments).parse_dict({**defaults, **settings, **fixed})
     except (ValueError, TypeError, ImportError) as error:
-        raise ValueError(f"training: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{section}: {str(error).splitlines()[0]}") from None
     arguments: TrainingArguments = parsed
     return arguments
 
@@ -168,10 +171,9 @@ def _load_datasets(settings: DataSettings) -> tuple[RolloutDataset, RolloutDatas
     return train, held_out
 
 
-def _claim_output(output: Path, run: LenVMRun) -> None:
-    """Keep the settings beside the checkpoints. Raises ValueError when they are those of another run."""
+def claim_output(output: Path, settings: str) -> None:
+    """Keep the settings (JSON) beside the checkpoints. Raises ValueError when they are those of another run."""
     path = output / SETTINGS_FILE
-    settings = TypeAdapter(LenVMRun).dump_json(run, indent=2).decode() + "\n"
     if path.exists() and path.read_text() != settings:
         raise ValueError(f"training.output_dir: {output} holds a run of other settings (see {SETTINGS_FILE} there)")
     if not path.exists():

@@ -19,7 +19,6 @@ from huggingface_hub import ModelCard, ModelCardData
 from lenvm_kernels.heads import HeadConfig
 from lenvm_training.rollout_data import RolloutDataset
 from lenvm_training.rollouts import FINISHED
-from lenvm_training.trainer import TrainSettings
 
 CARD_FILE = "README.md"
 FIGURES_FILE = "figures.json"
@@ -27,6 +26,10 @@ TAGS = ["lenvm", "length-prediction"]
 LIBRARIES = {"full": "transformers", "lora": "peft", "head": "lenvm"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _EVALUATION_MARK = "<!-- lenvm evaluate -->"
+_CENSORED = {
+    "leave_out": "left out of the value targets",
+    "bound": 'at most the return of "at least this long" for the value',
+}
 _ROWS = (
     ("value_mse", "value head: MSE of V(s_t) against the realised return"),
     ("value_mse_distribution", "the same for the mean of the predicted distribution"),
@@ -53,13 +56,16 @@ _ROWS = (
 def write_model_card(
     folder: Path,
     config: HeadConfig,
-    settings: TrainSettings,
+    settings: dict[str, Any],
     rollouts: Sequence[dict[str, Any]],
     held_rollouts: Sequence[dict[str, Any]],
     figures: dict[str, float],
     backbone: Path,
 ) -> None:
-    """Write ``README.md`` and ``figures.json`` beside the weights. ``backbone``: the served model's folder."""
+    """Write ``README.md`` and ``figures.json`` beside the weights.
+
+    ``settings``: how the heads were trained, ``censored`` among them; ``backbone``: the served model's folder.
+    """
     (folder / FIGURES_FILE).write_text(json.dumps(figures, indent=2) + "\n")
     table = "\n".join(f"| {label} | {figures[name]:.4f} |" for name, label in _ROWS if name in figures)
     (folder / CARD_FILE).write_text(
@@ -75,14 +81,14 @@ token). It describes this model sampled as below; other sampling settings or pro
 
 Held out (other prompts): {_describe(held_rollouts)}
 
-Sampling: {_describe_sampling(rollouts)}. Completions cut by the token limit are censored: left
-out of the value targets, and "at least this long" for the distribution.
+Sampling: {_describe_sampling(rollouts)}. Completions cut by the token limit are censored:
+{_CENSORED[settings["censored"]]}, and "at least this long" for the distribution.
 
 ## Settings
 
 {json.dumps(asdict(config))}
 
-{json.dumps(asdict(settings))}
+{json.dumps(settings)}
 
 ## Figures on the held-out prompts
 

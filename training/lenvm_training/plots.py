@@ -29,10 +29,15 @@ def _axes(path: Path, title: str, x_label: str, y_label: str) -> Iterator[Any]:
     plt.close(figure)
 
 
-def plot_loss(path: Path, log_history: Sequence[Mapping[str, Any]]) -> None:
-    """Training loss and held-out MSE over steps, from the Trainer's log."""
-    with _axes(path, "Loss", "step", "mean squared error") as axes:
-        for key, label in (("loss", "training"), ("eval_mse", "held out")):
+def plot_loss(
+    path: Path,
+    log_history: Sequence[Mapping[str, Any]],
+    held_out: str = "eval_mse",
+    y_label: str = "mean squared error",
+) -> None:
+    """Training loss and the held-out figure ``held_out`` over steps, from the Trainer's log."""
+    with _axes(path, "Loss", "step", y_label) as axes:
+        for key, label in (("loss", "training"), (held_out, "held out")):
             points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
             if points:
                 axes.plot(*zip(*points, strict=True), marker=".", label=label)

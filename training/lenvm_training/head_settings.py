@@ -1,0 +1,41 @@
+"""The ``heads`` section of an experiment: value head and candidate head on frozen states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+CENSORED = ("leave_out", "bound")
+
+
+@dataclass(frozen=True)
+class HeadsSettings:
+    """Heads on frozen states. ``work`` keeps states and checkpoints (reused), ``out`` is the head folder to write.
+
+    ``layers``: decoder layers read beside the final state; ``num_bins``, ``max_length``: bins of remaining lengths;
+    ``dropout``: share of the input features set to 0 in training; ``censored``: what completions cut by the token
+    limit do in the value head's loss, see `head_losses.value_loss`; ``training``: transformers.TrainingArguments by
+    their own names, over `head_trainer.DEFAULTS`.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    work: str
+    out: str
+    layers: tuple[int, ...] = ()
+    rank: int = 256
+    epochs: int = 8
+    states: int = 24
+    num_bins: int = 32
+    max_length: int = 1024
+    dropout: float = 0.1
+    censored: str = "leave_out"
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"heads.epochs: must be at least 1, got {self.epochs}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"heads.dropout: must be at least 0 and less than 1, got {self.dropout}")
+        if self.censored not in CENSORED:
+            raise ValueError(f"heads.censored: must be one of {', '.join(CENSORED)}, got {self.censored!r}")

@@ -1,0 +1,187 @@
+"""Trains the value head and the candidate head on kept states with transformers' Trainer: one run a head.
+
+A run lies in ``<work>/<head>/<fingerprint>``, the fingerprint being that of its settings and of the tensors it reads:
+a checkpoint of other settings or states is never resumed, and a run that is complete is not trained again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from lenvm_kernels.checkpoint import Head
+from lenvm_kernels.heads import CandidateHead, HeadConfig, ValueHead
+from lenvm_training.features import StateTable
+from lenvm_training.head_losses import CandidateLoss, ValueLoss, features_of
+from lenvm_training.head_settings import HeadsSettings
+from lenvm_training.lenvm_trainer import claim_output, last_checkpoint, training_arguments
+
+DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 1024,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.05,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,  # of all steps
+    "logging_steps": 0.01,
+    "save_total_limit": 2,  # the best and the last
+    "seed": 0,
+    "report_to": "tensorboard",
+}
+"""transformers.TrainingArguments of the heads, where ``heads.training`` does not say otherwise."""
+
+LogHistory = list[dict[str, Any]]
+
+
+class StateRows(Dataset[dict[str, Tensor]]):
+    """States as the keyword arguments of a loss; a batch is one indexing of each tensor [N, ...].
+
+    ``labels`` int64 [N] are remaining lengths.
+    """
+
+    def __init__(self, **tensors: Tensor) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors["labels"])
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        index = torch.tensor(rows)
+        return {name: tensor[index] for name, tensor in self.tensors.items()}
+
+
+class HeadTrainer(Trainer):
+    """transformers' Trainer whose best checkpoint is found wherever the folder lies now."""
+
+    def _load_best_model(self) -> None:
+        """By its step: the path that a checkpoint holds is wrong once the folder has moved."""
+        self.state.best_model_checkpoint = f"{self.args.output_dir}/checkpoint-{self.state.best_global_step}"
+        super()._load_best_model()
+
+
+def train_head(
+    config: HeadConfig, train: StateTable, validation: StateTable, embeddings: Tensor, settings: HeadsSettings
+) -> tuple[Head, dict[str, LogHistory]]:
+    """Train both heads on ``train``; returns them, on the CPU, and the Trainer's log of each head by its name.
+
+    Both tables captured ``settings.layers``; ``embeddings`` [vocab, d] are the served model's. For each head on its
+    own, the epoch with the least loss on ``validation`` is kept: other prompts than those of ``train``, and than
+    those it is evaluated on. Raises ValueError for settings and states that cannot be used.
+    """
+    if not (len(train.position) and len(validation.position)):
+        raise ValueError("data.rollouts: too few prompts; a tenth of them is set apart to choose the best epoch")
+    torch.manual_seed((DEFAULTS | settings.training)["seed"])
+    value = ValueLoss(ValueHead(config.hidden_size), config.gamma, settings.censored, settings.dropout)
+    candidate = CandidateLoss(CandidateHead(config), config, embeddings, settings.dropout)
+    logs = {
+        "value": _fit(
+            "value",
+            value,
+            _value_rows(train),
+            _value_rows(validation),
+            settings,
+            {"gamma": config.gamma, "censored": settings.censored},
+        ),
+        "candidate": _fit(
+            "candidate",
+            candidate,
+            _candidate_rows(train, config, settings.layers),
+            _candidate_rows(validation, config, settings.layers),
+            settings,
+            {"max_length": config.max_length, "embeddings": tensors_digest({"embeddings": embeddings})},
+        ),
+    }
+    return Head(config, value.head, candidate.head), logs
+
+
+def head_arguments(settings: HeadsSettings, output: Path, num_validation: int) -> TrainingArguments:
+    """The arguments of one head's run. Raises ValueError naming an unknown or unusable key of ``heads.training``.
+
+    Validation is one batch, so that its loss is the mean over all its states.
+    """
+    own = {
+        "output_dir": str(output),
+        "num_train_epochs": settings.epochs,
+        "per_device_eval_batch_size": num_validation,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+    }
+    return training_arguments(DEFAULTS | settings.training, own, "heads.training")
+
+
+def recorded_settings(settings: HeadsSettings) -> dict[str, Any]:
+    """How the heads are optimised, defaults included."""
+    return {"epochs": settings.epochs, "dropout": settings.dropout, "training": DEFAULTS | settings.training}
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, types, shapes and every byte."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _value_rows(states: StateTable) -> StateRows:
+    return StateRows(features=states.final, labels=states.remaining, censored=states.censored)
+
+
+def _candidate_rows(states: StateTable, config: HeadConfig, layers: tuple[int, ...]) -> StateRows:
+    features = features_of(states, config, layers)
+    return StateRows(features=features, labels=states.remaining, censored=states.censored, next_token=states.next_token)
+
+
+def _as_fetched(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`StateRows` makes batches; nothing is left to collate."""
+    return batch
+
+
+def _fit(
+    name: str,
+    module: nn.Module,
+    train: StateRows,
+    validation: StateRows,
+    settings: HeadsSettings,
+    loss_settings: dict[str, Any],
+) -> LogHistory:
+    """Train ``module`` in place, from its last checkpoint if there is one, and leave it at its best epoch."""
+    record = _record(module, train, validation, settings, loss_settings)
+    output = Path(settings.work) / name / hashlib.sha256(record.encode()).hexdigest()[:16]
+    arguments = head_arguments(settings, output, len(validation))
+    claim_output(output, record)
+    trainer = HeadTrainer(
+        module,
+        arguments,
+        data_collator=_as_fetched,
+        train_dataset=train,
+        eval_dataset=validation,
+    )
+    with redirect_stdout(sys.stderr):  # the Trainer prints its log; standard output is for figures
+        trainer.train(resume_from_checkpoint=last_checkpoint(output))
+    if trainer.state.best_global_step is None:
+        raise ValueError(f"heads.training: the {name} head's loss on validation was never a finite number")
+    module.cpu().eval()
+    history: LogHistory = trainer.state.log_history
+    return history
+
+
+def _record(
+    module: nn.Module, train: StateRows, validation: StateRows, settings: HeadsSettings, loss_settings: dict[str, Any]
+) -> str:
+    """Everything that decides the weights of a run, as JSON."""
+    shapes = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
+    data = {"train": tensors_digest(train.tensors), "validation": tensors_digest(validation.tensors)}
+    return json.dumps({**loss_settings, **recorded_settings(settings), **data, "weights": shapes}, indent=2) + "\n"
