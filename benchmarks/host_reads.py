@@ -153,7 +153,7 @@ def make_head_runner(device: str) -> HeadRunner:
     """A head with random weights."""
     head = Head(HEAD, ValueHead(HEAD.hidden_size), CandidateHead(HEAD))
     embeddings = torch.randn(VOCABULARY, HEAD.hidden_size, device=device)
-    return HeadRunner(head, [], embeddings, lambda rows: rows, closing_tokens(device))
+    return HeadRunner(head, [], embeddings, lambda rows: rows, HEAD.eos_token_ids, closing_tokens(device))
 
 
 @torch.inference_mode()

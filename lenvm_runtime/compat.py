@@ -177,8 +177,8 @@ def copy_to_host(tensor: Tensor) -> Tensor:
     return host
 
 
-def check_head_fits(config: HeadConfig, model_config: Any) -> None:
-    """Raise CheckpointError when a head was trained for a model of another shape."""
+def check_head_fits(config: HeadConfig, model_config: Any, eos_ids: list[int]) -> None:
+    """Raise CheckpointError when a head was trained for a model of another shape, or with other ends."""
     for name, found in (("hidden_size", model_config.hidden_size), ("vocab_size", model_config.vocab_size)):
         expected = getattr(config, name)
         if expected != found:
@@ -188,6 +188,9 @@ def check_head_fits(config: HeadConfig, model_config: Any) -> None:
     num_layers = model_config.num_hidden_layers
     if any(layer >= num_layers for layer in config.feature_layers):
         raise CheckpointError(f"the LenVM head reads layers {config.feature_layers}, the model has {num_layers}")
+    if not set(config.eos_token_ids) <= set(eos_ids):
+        ended = list(config.eos_token_ids)
+        raise CheckpointError(f"the LenVM head's answers end with tokens {ended}, the served model's with {eos_ids}")
 
 
 def vocab_size(manager: Any) -> int:
@@ -207,12 +210,19 @@ def random_state_kept(runner: Any) -> AbstractContextManager[None]:
     return context
 
 
-def eos_token_ids(runner: Any) -> set[int]:
-    """The served model's EOS ids."""
-    ids: set[int] | None = runner.model_config.hf_eos_token_id
-    if not ids:
-        raise CheckpointError("the served model's configuration names no EOS token")
-    return ids
+def eos_token_ids(scheduler: Any) -> list[int]:
+    """The tokens at which SGLang ends every request, by the sources of its own check (`Req._check_token_based_finish`).
+
+    Those of the served model's configuration and generation configuration, the EOS of the scheduler's tokenizer and its
+    additional stop tokens. Raises CheckpointError when there are none.
+    """
+    ids = set(scheduler.model_config.hf_eos_token_id or ())
+    if scheduler.tokenizer is not None:  # --skip-tokenizer-init
+        ids |= {scheduler.tokenizer.eos_token_id, *(scheduler.tokenizer.additional_stop_token_ids or ())}
+    found = sorted(token for token in ids if token is not None and 0 <= token < scheduler.model_config.vocab_size)
+    if not found:
+        raise CheckpointError("neither the served model's configuration nor its tokenizer names an EOS token")
+    return found
 
 
 def check_value_model_supported(server_args: Any) -> None:

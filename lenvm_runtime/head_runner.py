@@ -28,6 +28,7 @@ class HeadRunner:
         layers: Sequence[nn.Module],
         embeddings: Tensor,
         gather_vocabulary: Callable[[Tensor], Tensor],
+        eos_token_ids: Sequence[int],
         closing_tokens: Tensor,
     ) -> None:
         device = embeddings.device
@@ -36,7 +37,7 @@ class HeadRunner:
         self.candidate_head = head.candidate_head.to(device)
         with torch.inference_mode():
             self.token_table = gather_vocabulary(self.candidate_head.build_token_table(embeddings))  # [vocab, rank]
-        self.eos_token_ids = torch.tensor(head.config.eos_token_ids, dtype=torch.int64, device=device)
+        self.eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
         self.closing_tokens = closing_tokens.to(device)  # [vocab] bool
         self.scaled_targets = ScaledTargets(device)
         self._layer_states: dict[int, Tensor] = {}
