@@ -38,7 +38,7 @@ CONTROLS = (
     LengthControl("at_most", target=20),
     LengthControl("tilt", beta=8.0, min_value=-0.5),
     LengthControl("target_mean", factor=0.8),
-    LengthControl("scale", factor=0.5, entropy_threshold=0.3),
+    LengthControl("scale", factor=0.5, entropy_threshold=0.3, max_mean_value=-0.1),
 )
 
 

@@ -31,11 +31,12 @@ _TENSORS = (
     "beta",
     "entropy_threshold",
     "min_value",
+    "max_mean_value",
     "max_rank",
     "endless",
     "prompt_len",
 )
-_HOST_LISTS = ("mean", "bounded", "endings_ignored", "max_candidates")
+_HOST_LISTS = ("mean", "bounded", "gated", "endings_ignored", "max_candidates")
 
 DEFAULT_CANDIDATES = 32
 """Of a row without a top-k filter, and of a greedy one."""
@@ -47,15 +48,17 @@ class ControlBatch:
     """Controls of a batch of B rows. Invariant: every tensor is [B] and row-aligned with the batch.
 
     On the host: ``guided`` says which rows are under control, ``mean`` which of them ask for a mean value,
-    ``bounded`` which have a ``min_value``, ``endings_ignored`` which go on after an EOS; ``max_candidates`` is the
-    most candidates that a row has beside EOS ids, 0 without control. ``rows`` (device, int64) lists the guided
-    ones and is rebuilt when the batch changes, never within a step. Rows of mode EQUAL with ``factor`` > 0 have
-    their ``target`` set at the prompt boundary, as factor times the predicted length.
+    ``bounded`` which have a ``min_value``, ``gated`` which have a ``max_mean_value`` below 0, ``endings_ignored`` which
+    go on after an EOS; ``max_candidates`` is the most candidates that a row has beside EOS ids, 0 without control.
+    ``rows`` (device, int64) lists the guided ones and is rebuilt when the batch changes, never within a step. Rows of
+    mode EQUAL with ``factor`` > 0 have their ``target`` set at the prompt boundary, as factor times the predicted
+    length.
     """
 
     guided: list[bool]
     mean: list[bool]
     bounded: list[bool]
+    gated: list[bool]
     endings_ignored: list[bool]
     max_candidates: list[int]
     rows: Tensor
@@ -66,6 +69,7 @@ class ControlBatch:
     beta: Tensor
     entropy_threshold: Tensor
     min_value: Tensor
+    max_mean_value: Tensor
     max_rank: Tensor
     endless: Tensor
     prompt_len: Tensor
@@ -94,6 +98,7 @@ class ControlBatch:
             guided=guided,
             mean=[control is not None and control.mode == "target_mean" for control in active],
             bounded=[control is not None and control.min_value is not None for control in active],
+            gated=[control is not None and control.max_mean_value < 0 for control in active],
             endings_ignored=ignored,
             max_candidates=max_candidates,
             rows=_guided_rows(guided, device),
@@ -104,6 +109,7 @@ class ControlBatch:
             beta=tensor([float(c.beta or 0) if c else 0.0 for c in active], torch.float32),
             entropy_threshold=tensor([c.entropy_threshold if c else 0.0 for c in active], torch.float32),
             min_value=tensor([_min_value(c) for c in active], torch.float32),
+            max_mean_value=tensor([c.max_mean_value if c else 0.0 for c in active], torch.float32),
             max_rank=tensor(max_candidates, torch.int32),
             endless=tensor(ignored, torch.bool),
             prompt_len=tensor(list(prompt_lens), torch.int32),
@@ -117,6 +123,7 @@ class ControlBatch:
             guided=[False] * num_rows,
             mean=[False] * num_rows,
             bounded=[False] * num_rows,
+            gated=[False] * num_rows,
             endings_ignored=[False] * num_rows,
             max_candidates=[0] * num_rows,
             rows=_guided_rows([], device),
@@ -127,6 +134,7 @@ class ControlBatch:
             beta=zeros,
             entropy_threshold=zeros,
             min_value=zeros + NO_MIN_VALUE,
+            max_mean_value=zeros,
             max_rank=zeros.int(),
             endless=zeros.bool(),
             prompt_len=zeros.int(),
@@ -182,6 +190,8 @@ class ControlBatch:
             has_mean=any(self.mean),
             min_value=self.min_value[rows],
             has_min_value=any(self.bounded),
+            max_mean_value=self.max_mean_value[rows],
+            has_max_mean_value=any(self.gated),
         )
 
 

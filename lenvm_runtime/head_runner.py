@@ -98,14 +98,15 @@ class HeadRunner:
 
         ``generated`` [rows]: tokens of the answer so far; ``last_token_ids`` [rows]; ``sampling``: SGLang's
         SamplingBatchInfo.
-        Returns bool [rows]: the rows rewritten, which are the guided ones whose candidates needed scoring.
+        Returns bool [rows]: the rows rewritten, which are the guided ones that need steering.
         """
         guided = control.guided_rows(generated, self.scaled_targets.read(slots), last_token_ids, self.closing_tokens)
 
-        def reweigh(candidates: Candidates) -> Tensor:
+        def reweigh(candidates: Candidates) -> tuple[Tensor, Tensor]:
             token_rows = self.token_table[candidates.ids]
             bin_logprobs = self.candidate_head.candidate_logprobs(features[control.rows], token_rows)
             lengths, gamma = self.candidate_head.bin_lengths, self.config.gamma
-            return guided.steer(candidates, expected_value(bin_logprobs, lengths, gamma), bin_logprobs, lengths, gamma)
+            values = expected_value(bin_logprobs, lengths, gamma)
+            return values, guided.steer(candidates, values, bin_logprobs, lengths, gamma)
 
         return steer_rows(logits, control, guided, sampling, self.eos_token_ids, reweigh)

@@ -80,9 +80,9 @@ def candidates_of(
     generated = torch.full((len(rows),), len(output[0]))
     kept: list[Candidates] = []
 
-    def reweigh(candidates: Candidates) -> Tensor:
+    def reweigh(candidates: Candidates) -> tuple[Tensor, Tensor]:
         kept.append(candidates)
-        return candidates.logprobs
+        return torch.full_like(candidates.logprobs, -0.5), candidates.logprobs
 
     no_closing = torch.zeros(len(rows), dtype=torch.int64), torch.zeros(VOCABULARY, dtype=torch.bool)
     guided = control.guided_rows(generated, torch.ones(len(rows)), *no_closing)

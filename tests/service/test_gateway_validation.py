@@ -145,6 +145,8 @@ BAD_FIELDS = [
     ("length_control.entropy_threshold", {"length_control": {**EQUAL, "entropy_threshold": "low"}}),
     ("length_control.min_value", {"length_control": {**EQUAL, "min_value": -1}}),
     ("length_control.min_value", {"length_control": {**EQUAL, "min_value": 0.1}}),
+    ("length_control.max_mean_value", {"length_control": {**EQUAL, "max_mean_value": -1}}),
+    ("length_control.max_mean_value", {"length_control": {**EQUAL, "max_mean_value": 0.1}}),
     ("length_control.target", {"max_tokens": 9, "length_control": {"mode": "target_mean", "target": 10}}),
     ("length_control.speed", {"length_control": {"mode": "equal", "target": 5, "speed": 1}}),
     ("length_values", {"length_values": "yes"}),
@@ -243,6 +245,11 @@ async def test_good_fields_reach_the_engine_as_they_are(engine, gateway, fields)
             True,
         ),
         ({"length_control": {"mode": "tilt", "beta": 0}, "ignore_eos": True}, LengthControl("tilt", beta=0.0), True),
+        (
+            {"length_control": {"mode": "tilt", "beta": 2, "max_mean_value": -0.2}},
+            LengthControl("tilt", beta=2.0, max_mean_value=-0.2),
+            True,
+        ),
         (
             {"length_control": {"mode": "target_mean", "factor": 0.5, "entropy_threshold": 0.2, "min_value": -0.5}},
             LengthControl("target_mean", factor=0.5, scaling="length", entropy_threshold=0.2, min_value=-0.5),
