@@ -7,6 +7,7 @@ missing seam stops the start.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
@@ -14,6 +15,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from sglang.srt import platforms
 from sglang.srt.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from sglang.srt.layers.sampler import SGLANG_RETURN_ORIGINAL_LOGPROB, register_sampler_backend
 from sglang.srt.managers.utils import _async_d2h
@@ -86,6 +88,20 @@ def check_version() -> None:
     found = version("sglang")
     if found not in KNOWN_VERSIONS:
         raise IncompatibleEngineError(f"SGLang {found} is not known to work; known: {', '.join(KNOWN_VERSIONS)}")
+
+
+def check_platform(platform: type, name: str) -> None:
+    """Raise IncompatibleEngineError unless SGLang runs on this platform, whose entry point is ``name``.
+
+    ``SGLANG_PLUGINS`` chooses among platforms too: one that names the plugin alone leaves none for a CPU.
+    """
+    if not isinstance(platforms.current_platform, platform):
+        found = type(platforms.current_platform).__name__
+        given = os.environ.get("SGLANG_PLUGINS", "")
+        raise IncompatibleEngineError(
+            f"there is no accelerator, and SGLang runs on {found} instead of the platform '{name}'; "
+            f"name both in SGLANG_PLUGINS={given!r}, or leave it unset"
+        )
 
 
 def check_returned_logprobs() -> None:

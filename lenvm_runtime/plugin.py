@@ -13,7 +13,7 @@ from lenvm_kernels.checkpoint import read_config
 from lenvm_kernels.checkpoint_files import LenVMKind, find_kind
 from lenvm_kernels.length_value import length_from_value
 from lenvm_runtime import compat, tool_calls
-from lenvm_runtime.config import PluginConfig
+from lenvm_runtime.config import CPU_PLATFORM, PluginConfig
 from lenvm_runtime.value_model.source import read_source
 
 
@@ -58,9 +58,10 @@ def _register_lenvm(folder: Path) -> None:
 
 
 def _register_cpu_engine() -> None:
-    from lenvm_runtime.cpu.platform import activate
+    from lenvm_runtime.cpu.platform import CpuPlatform, activate
 
     if activate() is not None:
+        compat.check_platform(CpuPlatform, CPU_PLATFORM)
         from lenvm_runtime.cpu import attention_backend, layers, linear, sampling
 
         for part in (attention_backend, layers, linear, sampling):
