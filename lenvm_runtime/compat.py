@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
+from http import HTTPStatus
 from importlib.metadata import version
 from typing import Any
 
@@ -54,6 +55,9 @@ GENERATE = "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_requ
 CHAT_STREAM = "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._generate_chat_stream"
 CHAT_RESPONSE = "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._build_chat_response"
 TOOL_CONSTRAINT = "sglang.srt.function_call.function_call_parser.FunctionCallParser.get_structure_constraint"
+_RESULTS = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+ACCEPT_FIRST_TOKEN = f"{_RESULTS}._apply_prefill_grammar"
+ACCEPT_TOKENS = f"{_RESULTS}._accept_grammar_tokens"
 COMPLETION_STREAM = (
     "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._generate_completion_stream"
 )
@@ -207,6 +211,22 @@ def check_head_fits(config: HeadConfig, model_config: Any, eos_ids: list[int]) -
     if not set(config.eos_token_ids) <= set(eos_ids):
         ended = list(config.eos_token_ids)
         raise CheckpointError(f"the LenVM head's answers end with tokens {ended}, the served model's with {eos_ids}")
+
+
+def explain_grammar_abort(req: Any) -> None:
+    """Make an abort by a request's grammar an error of the request (HTTP 400), with the reason where there is one."""
+    from sglang.srt.constrained.llguidance_backend import GuidanceGrammar
+    from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    grammar = req.grammar.grammar if isinstance(req.grammar, ReasonerGrammarObject) else req.grammar
+    reason = grammar.ll_matcher.get_error() if isinstance(grammar, GuidanceGrammar) else ""
+    told = reason.split("\n", 1)[0] or "a token was not accepted"
+    params = req.sampling_params
+    given = {"json": params.json_schema, "regex": params.regex, "ebnf": params.ebnf}
+    kind = next((kind for kind, grammar in given.items() if grammar is not None), "given")
+    message = f"Failed to follow {kind} grammar: {told}"
+    req.to_finish = FINISH_ABORT(message, HTTPStatus.BAD_REQUEST, "BadRequestError")
 
 
 def vocab_size(manager: Any) -> int:

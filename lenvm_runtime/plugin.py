@@ -12,7 +12,7 @@ from typing import Any
 from lenvm_kernels.checkpoint import read_config
 from lenvm_kernels.checkpoint_files import LenVMKind, find_kind
 from lenvm_kernels.length_value import length_from_value
-from lenvm_runtime import compat, tool_calls
+from lenvm_runtime import compat, grammar_errors, tool_calls
 from lenvm_runtime.config import CPU_PLATFORM, PluginConfig
 from lenvm_runtime.value_model.source import read_source
 
@@ -29,6 +29,7 @@ def _load(config: PluginConfig) -> None:
     compat.check_version()
     _register_cpu_engine()
     tool_calls.register()
+    grammar_errors.register()
     if config.head is not None:
         _register_lenvm(config.head)
     if config.step_times is not None:

@@ -209,6 +209,14 @@ def test_grammars_hold(api: Api, route: str) -> None:
     assert api.ask(route, ebnf='root ::= ("yes, sir" | "no, sir") "!"').text in ("yes, sir!", "no, sir!")
 
 
+@pytest.mark.parametrize("route", BOTH)
+def test_a_grammar_that_no_answer_ends_is_an_error_of_the_request(api: Api, route: str) -> None:
+    """SGLang compiles it, and fails at a token."""
+    endless = 'root ::= "a" root'
+    assert api.refusal(route, ebnf=endless) == "ebnf"
+    assert api.refusal(route, ebnf=endless, stream=True, length_values=True) == "ebnf"
+
+
 @covers("stream", "stream_options", "stream_options.include_usage", "stream_options.continuous_usage_stats")
 def test_streams_and_their_usage(api: Api, route: str) -> None:
     plain = api.stream(route, max_tokens=6)

@@ -448,6 +448,7 @@ class TestPrediction:
         ('1 error\n\n  File "/a/path.py", line 3', None, "1 error"),
         ("Failed to compile regex grammar: not closed.\n", "regex", "Failed to compile regex grammar: not closed."),
         ("Failed to compile json grammar: banana", "response_format", "Failed to compile json grammar: banana"),
+        ("Failed to follow ebnf grammar: Too many items", "ebnf", "Failed to follow ebnf grammar: Too many items"),
         (
             "1 validation error:\n  {'type': 'x', 'loc': ('body', 'messages', 0, 'content'), "
             "'msg': 'Input should be a string', 'input': 3}\n [{'type': ...",
