@@ -105,9 +105,9 @@ class StepBatch:
     def __init__(self, num_reqs: int, device: str) -> None:
         controls = [CONTROLS[row % len(CONTROLS)] for row in range(num_reqs)]
         top_ks = [(5, 50, 1 << 30)[row % 3] for row in range(num_reqs)]
-        control = ControlBatch.build(
-            controls, [4] * num_reqs, top_ks, device, [row % 4 == 0 for row in range(num_reqs)]
-        )
+        ignore_eos = [row % 4 == 0 for row in range(num_reqs)]
+        stops = [range(5, 5 + row % 3) for row in range(num_reqs)]
+        control = ControlBatch.build(controls, [4] * num_reqs, top_ks, device, ignore_eos, stops)
         assert control is not None
         self.control = control
         self.num_reqs = num_reqs

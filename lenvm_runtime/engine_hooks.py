@@ -159,6 +159,7 @@ def _build_control(_result: None, sampling_info: Any, batch: Any, _vocab_size: i
         [req.sampling_params.top_k for req in reqs],
         sampling_info.device,
         [req.sampling_params.ignore_eos for req in reqs],
+        [req.sampling_params.stop_token_ids for req in reqs],
     )
 
 

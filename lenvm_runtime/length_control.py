@@ -22,6 +22,8 @@ MAX_BETA = 10_000.0
 MAX_FACTOR = 100.0
 MAX_TOP_K = 128
 """Of a request under control, whose candidates are scored one by one."""
+MAX_STOP_TOKENS = 16
+"""Of a request under control, beside the EOS ids: each is a candidate."""
 MAX_ENTROPY = 20.0
 """Nats: more than the entropy of any vocabulary."""
 
@@ -157,9 +159,8 @@ def check_sampling(control: LengthControl | None, params: Mapping[str, Any]) -> 
         return
     if (params.get("top_k") or 0) > MAX_TOP_K:
         raise LengthControlError("top_k", f"must be at most {MAX_TOP_K} with a length control, or -1")
-    if params.get("stop_token_ids"):
-        message = "cannot be combined with a length control, to which only EOS is an end; use stop"
-        raise LengthControlError("stop_token_ids", message)
+    if len(params.get("stop_token_ids") or ()) > MAX_STOP_TOKENS:
+        raise LengthControlError("stop_token_ids", f"must be at most {MAX_STOP_TOKENS} with a length control")
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,8 +92,9 @@ def steer_rows(
 ) -> Tensor:
     """Rewrite the guided rows of ``logits`` [rows, vocab] in place; the bits of other rows stay.
 
-    ``reweigh`` maps the candidates of the G guided rows to their values and steered log-probabilities, each [G, C].
-    ``sampling``: SGLang's SamplingBatchInfo, whose temperatures and filters choose the candidates.
+    ``sampling``: SGLang's SamplingBatchInfo, whose temperatures and filters choose the candidates; ``eos_token_ids``
+    [E] int64: the tokens that end every request; ``reweigh`` maps the candidates of the G guided rows to their values
+    and steered log-probabilities, each [G, C].
     Returns bool [rows]: the rows rewritten, which are the guided ones that need steering.
     """
     rows = control.rows
@@ -103,7 +104,7 @@ def steer_rows(
         sampling.top_ks[rows],
         sampling.top_ps[rows],
         sampling.min_ps[rows],
-        eos_token_ids,
+        control.end_ids(eos_token_ids),
         min(control.num_candidates, logits.shape[-1]),
         guided.may_end_anywhere,
     )

@@ -6,6 +6,7 @@ import random
 
 import torch
 
+from lenvm_kernels.candidates import NO_TOKEN
 from lenvm_kernels.length_control import Mode
 from lenvm_kernels.value_bound import NO_MIN_VALUE
 from lenvm_runtime.control_batch import ControlBatch, merge
@@ -28,7 +29,9 @@ CHOICES = (
 
 def build(rows: list[tuple[LengthControl | None, int]]) -> ControlBatch | None:
     numbers = [number for _, number in rows]  # of the prompt's tokens, and stand for what else a row has
-    return ControlBatch.build([c for c, _ in rows], numbers, numbers, "cpu", [number % 2 == 0 for number in numbers])
+    stops = [set(range(number, number + number % 4)) or None for number in numbers]
+    ignored = [number % 2 == 0 for number in numbers]
+    return ControlBatch.build([c for c, _ in rows], numbers, numbers, "cpu", ignored, stops)
 
 
 def assert_equal(batch: ControlBatch | None, rows: list[tuple[LengthControl | None, int]]) -> None:
@@ -42,6 +45,8 @@ def assert_equal(batch: ControlBatch | None, rows: list[tuple[LengthControl | No
     assert batch.gated == expected.gated
     assert batch.endings_ignored == expected.endings_ignored
     assert batch.max_candidates == expected.max_candidates
+    assert batch.num_stops == expected.num_stops
+    assert torch.equal(batch.stop_ids, expected.stop_ids)
     guided = expected.rows
     assert torch.equal(batch.rows, guided)
     for name in (
@@ -110,6 +115,18 @@ def test_a_least_value_is_its_rows_alone() -> None:
     filtered = batch.filter([0, 1], torch.tensor([0, 1]))
     assert filtered is not None
     assert not filtered.guided_rows(torch.zeros(2), torch.ones(2), torch.arange(2), closing).has_min_value
+
+
+def test_the_stops_of_a_row_are_its_ends_beside_the_eos_ids() -> None:
+    eos, control = torch.tensor([2, 9]), LengthControl("equal", target=7)
+    batch = ControlBatch.build(
+        [control, None, control, control], [1] * 4, [1] * 4, "cpu", None, [{5}, {6}, None, {9, 3}]
+    )
+    assert batch is not None
+    assert batch.end_ids(eos).tolist() == [[2, 9, 5, NO_TOKEN], [2, 9, NO_TOKEN, NO_TOKEN], [2, 9, 3, NO_TOKEN]]
+    without = batch.filter([1, 2], torch.tensor([1, 2]))
+    assert without is not None
+    assert without.end_ids(eos) is eos
 
 
 def test_a_greatest_mean_value_is_its_rows_alone() -> None:

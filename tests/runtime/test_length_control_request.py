@@ -126,7 +126,9 @@ def test_a_gate_that_every_step_passes_is_no_gate() -> None:
     assert "max_mean_value" not in control.to_dict()
 
 
-@pytest.mark.parametrize(("params", "field"), [({"top_k": 129}, "top_k"), ({"stop_token_ids": [7]}, "stop_token_ids")])
+@pytest.mark.parametrize(
+    ("params", "field"), [({"top_k": 129}, "top_k"), ({"stop_token_ids": [*range(17)]}, "stop_token_ids")]
+)
 def test_what_a_control_cannot_honour_is_named(params: dict[str, Any], field: str) -> None:
     with pytest.raises(LengthControlError) as caught:
         check_sampling(LengthControl("tilt", beta=1.0), params)
@@ -135,6 +137,6 @@ def test_what_a_control_cannot_honour_is_named(params: dict[str, Any], field: st
     check_sampling(None, params)
 
 
-@pytest.mark.parametrize("params", [{}, {"top_k": None}, {"top_k": -1}, {"top_k": 128, "stop_token_ids": None}])
+@pytest.mark.parametrize("params", [{}, {"top_k": None}, {"top_k": -1}, {"top_k": 128, "stop_token_ids": [*range(16)]}])
 def test_other_parameters_go_with_a_control(params: dict[str, Any]) -> None:
     check_sampling(LengthControl("tilt", beta=1.0), params)

@@ -47,6 +47,11 @@ BAD_FIELDS = [
     ("stop", {"stop": ["a", 3]}),
     ("stop", {"stop": ["a"] * 17}),
     ("stop", {"stop": "x" * 257}),
+    ("stop_token_ids", {"stop_token_ids": []}),
+    ("stop_token_ids", {"stop_token_ids": 5}),
+    ("stop_token_ids", {"stop_token_ids": [-1]}),
+    ("stop_token_ids", {"stop_token_ids": [True]}),
+    ("stop_token_ids", {"stop_token_ids": [*range(17)]}),
     ("seed", {"seed": 2**63}),
     ("seed", {"seed": "a"}),
     ("seed", {"seed": 1}),  # the engine would ignore it
@@ -207,6 +212,7 @@ async def test_bad_completion_field_is_400_naming_it(engine, gateway, field, fie
     "fields",
     [
         {"temperature": 0, "top_p": 1, "top_k": -1, "min_p": 0, "n": 32, "stop": ["a", "b"]},
+        {"stop_token_ids": [*range(16)]},
         {"max_completion_tokens": 7, "max_tokens": 7, "min_tokens": 7, "presence_penalty": -2, "frequency_penalty": 2},
         {"logit_bias": {"0": -100, "49151": 100.0}, "repetition_penalty": 2, "logprobs": True, "top_logprobs": 20},
         {"response_format": SCHEMA},
