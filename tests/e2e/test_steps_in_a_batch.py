@@ -85,11 +85,9 @@ ROWS: tuple[tuple[dict[str, Any] | None, dict[str, Any]], ...] = (
     (CONTROLS[0], LETTERS),
     (None, {**PENALTIES, "ignore_eos": True}),
     (CONTROLS[5], PENALTIES),
-    (CONTROLS[4], {"logit_bias": {"70": 3.0, "80": -100.0}}),
+    (CONTROLS[4], {"logit_bias": {"70": 3.0, "80": -100.0}, "stop_token_ids": [60, 90]}),
     (CONTROLS[5], {"top_k": 38, "ignore_eos": True}),
     ({"mode": "at_most", "target": 5, "strategy": "hard"}, {"top_k": 10, "ignore_eos": True}),
-    (CONTROLS[0], {"stop_token_ids": [60, 70]}),
-    (CONTROLS[5], {"top_k": 20, "stop_token_ids": [80]}),
 )
 
 
