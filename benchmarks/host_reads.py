@@ -38,7 +38,7 @@ CONTROLS = (
     LengthControl("at_most", target=20),
     LengthControl("tilt", beta=8.0, min_value=-0.5),
     LengthControl("target_mean", factor=0.8),
-    LengthControl("scale", factor=0.5, entropy_threshold=0.3),
+    LengthControl("scale", factor=0.5, entropy_threshold=0.3, max_mean_value=-0.1),
 )
 
 
@@ -105,9 +105,9 @@ class StepBatch:
     def __init__(self, num_reqs: int, device: str) -> None:
         controls = [CONTROLS[row % len(CONTROLS)] for row in range(num_reqs)]
         top_ks = [(5, 50, 1 << 30)[row % 3] for row in range(num_reqs)]
-        control = ControlBatch.build(
-            controls, [4] * num_reqs, top_ks, device, [row % 4 == 0 for row in range(num_reqs)]
-        )
+        ignore_eos = [row % 4 == 0 for row in range(num_reqs)]
+        stops = [range(5, 5 + row % 3) for row in range(num_reqs)]
+        control = ControlBatch.build(controls, [4] * num_reqs, top_ks, device, ignore_eos, stops)
         assert control is not None
         self.control = control
         self.num_reqs = num_reqs
@@ -153,7 +153,7 @@ def make_head_runner(device: str) -> HeadRunner:
     """A head with random weights."""
     head = Head(HEAD, ValueHead(HEAD.hidden_size), CandidateHead(HEAD))
     embeddings = torch.randn(VOCABULARY, HEAD.hidden_size, device=device)
-    return HeadRunner(head, [], embeddings, lambda rows: rows, closing_tokens(device))
+    return HeadRunner(head, [], embeddings, lambda rows: rows, HEAD.eos_token_ids, closing_tokens(device))
 
 
 @torch.inference_mode()

@@ -7,13 +7,16 @@ missing seam stops the start.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
+from http import HTTPStatus
 from importlib.metadata import version
 from typing import Any
 
 import torch
+from sglang.srt import platforms
 from sglang.srt.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from sglang.srt.layers.sampler import SGLANG_RETURN_ORIGINAL_LOGPROB, register_sampler_backend
 from sglang.srt.managers.utils import _async_d2h
@@ -52,6 +55,9 @@ GENERATE = "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_requ
 CHAT_STREAM = "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._generate_chat_stream"
 CHAT_RESPONSE = "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._build_chat_response"
 TOOL_CONSTRAINT = "sglang.srt.function_call.function_call_parser.FunctionCallParser.get_structure_constraint"
+_RESULTS = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+ACCEPT_FIRST_TOKEN = f"{_RESULTS}._apply_prefill_grammar"
+ACCEPT_TOKENS = f"{_RESULTS}._accept_grammar_tokens"
 COMPLETION_STREAM = (
     "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._generate_completion_stream"
 )
@@ -86,6 +92,20 @@ def check_version() -> None:
     found = version("sglang")
     if found not in KNOWN_VERSIONS:
         raise IncompatibleEngineError(f"SGLang {found} is not known to work; known: {', '.join(KNOWN_VERSIONS)}")
+
+
+def check_platform(platform: type, name: str) -> None:
+    """Raise IncompatibleEngineError unless SGLang runs on this platform, whose entry point is ``name``.
+
+    ``SGLANG_PLUGINS`` chooses among platforms too: one that names the plugin alone leaves none for a CPU.
+    """
+    if not isinstance(platforms.current_platform, platform):
+        found = type(platforms.current_platform).__name__
+        given = os.environ.get("SGLANG_PLUGINS", "")
+        raise IncompatibleEngineError(
+            f"there is no accelerator, and SGLang runs on {found} instead of the platform '{name}'; "
+            f"name both in SGLANG_PLUGINS={given!r}, or leave it unset"
+        )
 
 
 def check_returned_logprobs() -> None:
@@ -177,8 +197,8 @@ def copy_to_host(tensor: Tensor) -> Tensor:
     return host
 
 
-def check_head_fits(config: HeadConfig, model_config: Any) -> None:
-    """Raise CheckpointError when a head was trained for a model of another shape."""
+def check_head_fits(config: HeadConfig, model_config: Any, eos_ids: list[int]) -> None:
+    """Raise CheckpointError when a head was trained for a model of another shape, or with other ends."""
     for name, found in (("hidden_size", model_config.hidden_size), ("vocab_size", model_config.vocab_size)):
         expected = getattr(config, name)
         if expected != found:
@@ -188,6 +208,25 @@ def check_head_fits(config: HeadConfig, model_config: Any) -> None:
     num_layers = model_config.num_hidden_layers
     if any(layer >= num_layers for layer in config.feature_layers):
         raise CheckpointError(f"the LenVM head reads layers {config.feature_layers}, the model has {num_layers}")
+    if not set(config.eos_token_ids) <= set(eos_ids):
+        ended = list(config.eos_token_ids)
+        raise CheckpointError(f"the LenVM head's answers end with tokens {ended}, the served model's with {eos_ids}")
+
+
+def explain_grammar_abort(req: Any) -> None:
+    """Make an abort by a request's grammar an error of the request (HTTP 400), with the reason where there is one."""
+    from sglang.srt.constrained.llguidance_backend import GuidanceGrammar
+    from sglang.srt.constrained.reasoner_grammar_backend import ReasonerGrammarObject
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    grammar = req.grammar.grammar if isinstance(req.grammar, ReasonerGrammarObject) else req.grammar
+    reason = grammar.ll_matcher.get_error() if isinstance(grammar, GuidanceGrammar) else ""
+    told = reason.split("\n", 1)[0] or "a token was not accepted"
+    params = req.sampling_params
+    given = {"json": params.json_schema, "regex": params.regex, "ebnf": params.ebnf}
+    kind = next((kind for kind, grammar in given.items() if grammar is not None), "given")
+    message = f"Failed to follow {kind} grammar: {told}"
+    req.to_finish = FINISH_ABORT(message, HTTPStatus.BAD_REQUEST, "BadRequestError")
 
 
 def vocab_size(manager: Any) -> int:
@@ -207,12 +246,19 @@ def random_state_kept(runner: Any) -> AbstractContextManager[None]:
     return context
 
 
-def eos_token_ids(runner: Any) -> set[int]:
-    """The served model's EOS ids."""
-    ids: set[int] | None = runner.model_config.hf_eos_token_id
-    if not ids:
-        raise CheckpointError("the served model's configuration names no EOS token")
-    return ids
+def eos_token_ids(scheduler: Any) -> list[int]:
+    """The tokens at which SGLang ends every request, by the sources of its own check (`Req._check_token_based_finish`).
+
+    Those of the served model's configuration and generation configuration, the EOS of the scheduler's tokenizer and its
+    additional stop tokens. Raises CheckpointError when there are none.
+    """
+    ids = set(scheduler.model_config.hf_eos_token_id or ())
+    if scheduler.tokenizer is not None:  # --skip-tokenizer-init
+        ids |= {scheduler.tokenizer.eos_token_id, *(scheduler.tokenizer.additional_stop_token_ids or ())}
+    found = sorted(token for token in ids if token is not None and 0 <= token < scheduler.model_config.vocab_size)
+    if not found:
+        raise CheckpointError("neither the served model's configuration nor its tokenizer names an EOS token")
+    return found
 
 
 def check_value_model_supported(server_args: Any) -> None:

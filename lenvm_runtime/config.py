@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CPU_ATTENTION_BACKEND = "lenvm_cpu"
+CPU_PLATFORM = "lenvm_cpu"
+"""Its entry point, as ``SGLANG_PLUGINS`` and ``SGLANG_PLATFORM`` name it."""
 CUSTOM_LOGIT_PROCESSOR = "--enable-custom-logit-processor"
 WITHOUT_PLUGIN = "LENVM_WITHOUT_PLUGIN"
 """Set to 1, an engine may start without the plugin, for comparisons with stock SGLang."""

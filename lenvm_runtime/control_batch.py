@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lenvm_kernels.candidates import NO_TOKEN
 from lenvm_kernels.length_control import Mode, Strategy
 from lenvm_kernels.value_bound import NO_MIN_VALUE
 from lenvm_runtime.guidance import GuidedRows
@@ -31,11 +32,12 @@ _TENSORS = (
     "beta",
     "entropy_threshold",
     "min_value",
+    "max_mean_value",
     "max_rank",
     "endless",
     "prompt_len",
 )
-_HOST_LISTS = ("mean", "bounded", "endings_ignored", "max_candidates")
+_HOST_LISTS = ("mean", "bounded", "gated", "endings_ignored", "max_candidates", "num_stops")
 
 DEFAULT_CANDIDATES = 32
 """Of a row without a top-k filter, and of a greedy one."""
@@ -47,17 +49,22 @@ class ControlBatch:
     """Controls of a batch of B rows. Invariant: every tensor is [B] and row-aligned with the batch.
 
     On the host: ``guided`` says which rows are under control, ``mean`` which of them ask for a mean value,
-    ``bounded`` which have a ``min_value``, ``endings_ignored`` which go on after an EOS; ``max_candidates`` is the
-    most candidates that a row has beside EOS ids, 0 without control. ``rows`` (device, int64) lists the guided
-    ones and is rebuilt when the batch changes, never within a step. Rows of mode EQUAL with ``factor`` > 0 have
-    their ``target`` set at the prompt boundary, as factor times the predicted length.
+    ``bounded`` which have a ``min_value``, ``gated`` which have a ``max_mean_value`` below 0, ``endings_ignored`` which
+    go on after an EOS; ``max_candidates`` is the most candidates that a row has beside EOS ids, ``num_stops`` how many
+    tokens end it beside those that end every request, each 0 without control. ``stop_ids`` [B, S] are these tokens,
+    then NO_TOKEN, S being the most of any row.
+    ``rows`` (device, int64) lists the guided ones and is rebuilt when the batch changes, never within a step. Rows of
+    mode EQUAL with ``factor`` > 0 have their ``target`` set at the prompt boundary, as factor times the predicted
+    length.
     """
 
     guided: list[bool]
     mean: list[bool]
     bounded: list[bool]
+    gated: list[bool]
     endings_ignored: list[bool]
     max_candidates: list[int]
+    num_stops: list[int]
     rows: Tensor
     mode: Tensor
     strategy: Tensor
@@ -66,9 +73,11 @@ class ControlBatch:
     beta: Tensor
     entropy_threshold: Tensor
     min_value: Tensor
+    max_mean_value: Tensor
     max_rank: Tensor
     endless: Tensor
     prompt_len: Tensor
+    stop_ids: Tensor
 
     @classmethod
     def build(
@@ -78,6 +87,7 @@ class ControlBatch:
         top_ks: Sequence[int],
         device: Any,
         ignore_eos: Sequence[bool] | None = None,
+        stop_ids: Sequence[Collection[int] | None] | None = None,
     ) -> ControlBatch | None:
         """The batch of these rows; None when no row is under control. ``top_ks``: SGLang's, 1 for greedy rows."""
         active = [control if control and not control.is_neutral else None for control in controls]
@@ -87,6 +97,10 @@ class ControlBatch:
         max_candidates = [_max_candidates(k) if c else 0 for c, k in zip(active, top_ks, strict=True)]
         ignored = [c is not None and i for c, i in zip(active, ignore_eos or [False] * len(active), strict=True)]
 
+        stops = [
+            sorted(ids or ()) if c else [] for c, ids in zip(active, stop_ids or [None] * len(active), strict=True)
+        ]
+
         def tensor(values: list[Any], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
@@ -94,8 +108,10 @@ class ControlBatch:
             guided=guided,
             mean=[control is not None and control.mode == "target_mean" for control in active],
             bounded=[control is not None and control.min_value is not None for control in active],
+            gated=[control is not None and control.max_mean_value < 0 for control in active],
             endings_ignored=ignored,
             max_candidates=max_candidates,
+            num_stops=[len(ids) for ids in stops],
             rows=_guided_rows(guided, device),
             mode=tensor([_mode_code(c) if c else Mode.NONE for c in active], torch.int32),
             strategy=tensor([_STRATEGY_CODES[c.strategy] if c else Strategy.NATURAL for c in active], torch.int32),
@@ -104,9 +120,11 @@ class ControlBatch:
             beta=tensor([float(c.beta or 0) if c else 0.0 for c in active], torch.float32),
             entropy_threshold=tensor([c.entropy_threshold if c else 0.0 for c in active], torch.float32),
             min_value=tensor([_min_value(c) for c in active], torch.float32),
+            max_mean_value=tensor([c.max_mean_value if c else 0.0 for c in active], torch.float32),
             max_rank=tensor(max_candidates, torch.int32),
             endless=tensor(ignored, torch.bool),
             prompt_len=tensor(list(prompt_lens), torch.int32),
+            stop_ids=tensor(_pad(stops), torch.int64),
         )
 
     @classmethod
@@ -117,8 +135,10 @@ class ControlBatch:
             guided=[False] * num_rows,
             mean=[False] * num_rows,
             bounded=[False] * num_rows,
+            gated=[False] * num_rows,
             endings_ignored=[False] * num_rows,
             max_candidates=[0] * num_rows,
+            num_stops=[0] * num_rows,
             rows=_guided_rows([], device),
             mode=zeros.int(),
             strategy=zeros.int(),
@@ -127,9 +147,11 @@ class ControlBatch:
             beta=zeros,
             entropy_threshold=zeros,
             min_value=zeros + NO_MIN_VALUE,
+            max_mean_value=zeros,
             max_rank=zeros.int(),
             endless=zeros.bool(),
             prompt_len=zeros.int(),
+            stop_ids=zeros.long().unsqueeze(1)[:, :0],
         )
 
     def filter(self, keep_indices: Sequence[int], keep_indices_device: Tensor) -> ControlBatch | None:
@@ -139,6 +161,7 @@ class ControlBatch:
             return None
         kept: dict[str, Any] = {name: getattr(self, name)[keep_indices_device] for name in _TENSORS}
         kept |= {name: [getattr(self, name)[index] for index in keep_indices] for name in _HOST_LISTS}
+        kept["stop_ids"] = self.stop_ids[keep_indices_device, : max(kept["num_stops"])]
         return ControlBatch(guided=guided, rows=_guided_rows(guided, self.rows.device), **kept)
 
     def concat(self, other: ControlBatch) -> ControlBatch:
@@ -146,6 +169,8 @@ class ControlBatch:
         guided = self.guided + other.guided
         joined: dict[str, Any] = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in _TENSORS}
         joined |= {name: getattr(self, name) + getattr(other, name) for name in _HOST_LISTS}
+        width = max(joined["num_stops"])
+        joined["stop_ids"] = torch.cat([_widen(self.stop_ids, width), _widen(other.stop_ids, width)])
         return ControlBatch(guided=guided, rows=_guided_rows(guided, self.rows.device), **joined)
 
     @property
@@ -157,6 +182,17 @@ class ControlBatch:
     def has_limits(self) -> bool:
         """Whether rows differ in the candidates they may have (`lenvm_kernels.candidate_limits`)."""
         return self.num_candidates > DEFAULT_CANDIDATES or any(self.endings_ignored)
+
+    def end_ids(self, eos_token_ids: Tensor) -> Tensor:
+        """What ends the guided rows: the given EOS ids [E], or [G, E + S] where rows have stops of their own.
+
+        A stop that is an EOS id is NO_TOKEN there: ids are distinct in a row.
+        """
+        if not any(self.num_stops):
+            return eos_token_ids
+        stops = self.stop_ids[self.rows]  # [G, S]
+        stops = stops.masked_fill((stops.unsqueeze(-1) == eos_token_ids).any(-1), NO_TOKEN)
+        return torch.cat([eos_token_ids.expand(len(stops), -1), stops], dim=1)
 
     def guided_rows(
         self, generated: Tensor, scaled_targets: Tensor, last_token_ids: Tensor, closing_tokens: Tensor
@@ -182,6 +218,8 @@ class ControlBatch:
             has_mean=any(self.mean),
             min_value=self.min_value[rows],
             has_min_value=any(self.bounded),
+            max_mean_value=self.max_mean_value[rows],
+            has_max_mean_value=any(self.gated),
         )
 
 
@@ -200,6 +238,16 @@ def _mode_code(control: LengthControl) -> Mode:
 
 def _min_value(control: LengthControl | None) -> float:
     return NO_MIN_VALUE if control is None or control.min_value is None else control.min_value
+
+
+def _pad(rows: Sequence[list[int]]) -> list[list[int]]:
+    """The rows at the length of the longest, with NO_TOKEN."""
+    width = max(map(len, rows))
+    return [row + [NO_TOKEN] * (width - len(row)) for row in rows]
+
+
+def _widen(stop_ids: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(stop_ids, (0, width - stop_ids.shape[1]), value=NO_TOKEN)
 
 
 def _max_candidates(top_k: int) -> int:

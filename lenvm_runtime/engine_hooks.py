@@ -49,13 +49,12 @@ class HeadStep:
 
 
 def register(head_folder: Path) -> None:
-    """Register every hook of the model process. The head itself is loaded with the model."""
+    """Register every hook of the model process. The head itself is loaded after the served model."""
 
-    def attach(_result: Any, runner: Any, *_: Any, **__: Any) -> None:
-        if not runner.is_draft_worker:
-            _attach_head(runner, head_folder)
+    def attach(_result: None, scheduler: Any) -> None:
+        _attach_head(scheduler, head_folder)
 
-    compat.after(compat.LOAD_MODEL, attach)
+    compat.after(compat.INIT_TARGET_WORKER, attach)
     compat.after(compat.LOGITS_FORWARD, _run_value_head)
     compat.before(compat.SAMPLE, _prepare_sampling)
     register_controls()
@@ -70,16 +69,18 @@ def register_controls() -> None:
     compat.after(compat.BATCH_COPY, _carry_control)
 
 
-def _attach_head(runner: Any, folder: Path) -> None:
-    """Load the head onto the model's device and let the model's logits processor reach it."""
+def _attach_head(scheduler: Any, folder: Path) -> None:
+    """Load the head onto the served model's device and let the model's logits processor reach it."""
+    runner, eos_token_ids = compat.target_runner(scheduler), compat.eos_token_ids(scheduler)
     head = load_head(folder)
-    compat.check_head_fits(head.config, runner.model_config)
+    compat.check_head_fits(head.config, runner.model_config, eos_token_ids)
     layers = compat.decoder_layers(runner.model)
     head_runner = HeadRunner(
         head,
         [layers[index] for index in head.config.feature_layers],
         compat.input_embeddings(runner.model),
         compat.gather_vocabulary,
+        eos_token_ids,
         closing_tokens(compat.token_texts(runner.server_args.tokenizer_path), head.config.vocab_size),
     )
     setattr(runner.model.logits_processor, _RUNNER, head_runner)
@@ -158,6 +159,7 @@ def _build_control(_result: None, sampling_info: Any, batch: Any, _vocab_size: i
         [req.sampling_params.top_k for req in reqs],
         sampling_info.device,
         [req.sampling_params.ignore_eos for req in reqs],
+        [req.sampling_params.stop_token_ids for req in reqs],
     )
 
 

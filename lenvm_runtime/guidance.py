@@ -13,6 +13,7 @@ from lenvm_kernels.length_control import (
     Mode,
     Strategy,
     mean_target,
+    mean_value,
     needs_scoring,
     solve_mean_tilt,
     steer_candidates,
@@ -25,8 +26,8 @@ class GuidedRows:
     """The controls of a step's G guided rows: every tensor [G], on the device, but ``closing_tokens`` [vocab] bool.
 
     ``after_closing``: whether the last token closed a sentence.
-    ``has_mean`` (host): whether a row asks for a mean value, whose beta has to be solved for; ``has_min_value``
-    (host): whether a row has a ``min_value``.
+    ``has_mean`` (host): whether a row asks for a mean value, whose beta has to be solved for; ``has_min_value``,
+    ``has_max_mean_value`` (host): whether a row has a ``min_value``, or a ``max_mean_value`` below 0.
     """
 
     mode: Tensor
@@ -41,6 +42,8 @@ class GuidedRows:
     has_mean: bool
     min_value: Tensor
     has_min_value: bool
+    max_mean_value: Tensor
+    has_max_mean_value: bool
 
     @property
     def may_end_anywhere(self) -> Tensor:
@@ -48,8 +51,18 @@ class GuidedRows:
         return (self.strategy == Strategy.NATURAL) & (self.mode < Mode.TILT)
 
     def needs_scoring(self, candidates: Candidates) -> Tensor:
-        """Rows whose candidates have to be scored: bool [G]. The others are sampled as if they had no control."""
+        """Rows whose candidates have to be scored: bool [G]. The others are not steered."""
         return needs_scoring(candidates.logprobs, self.mode, self.beta, self.entropy_threshold, self.min_value)
+
+    def needs_steering(self, candidates: Candidates, values: Tensor) -> Tensor:
+        """Rows to steer, once their candidates' ``values`` [G, C] are known: bool [G].
+
+        The others are sampled as if they had no control.
+        """
+        needed = self.needs_scoring(candidates)
+        if self.has_max_mean_value:
+            needed &= mean_value(candidates.logprobs, values, candidates.eos_mask) <= self.max_mean_value
+        return needed
 
     def steer(
         self, candidates: Candidates, values: Tensor, bin_logprobs: Tensor, bin_lengths: Tensor, gamma: float

@@ -28,6 +28,7 @@ class HeadRunner:
         layers: Sequence[nn.Module],
         embeddings: Tensor,
         gather_vocabulary: Callable[[Tensor], Tensor],
+        eos_token_ids: Sequence[int],
         closing_tokens: Tensor,
     ) -> None:
         device = embeddings.device
@@ -36,7 +37,7 @@ class HeadRunner:
         self.candidate_head = head.candidate_head.to(device)
         with torch.inference_mode():
             self.token_table = gather_vocabulary(self.candidate_head.build_token_table(embeddings))  # [vocab, rank]
-        self.eos_token_ids = torch.tensor(head.config.eos_token_ids, dtype=torch.int64, device=device)
+        self.eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
         self.closing_tokens = closing_tokens.to(device)  # [vocab] bool
         self.scaled_targets = ScaledTargets(device)
         self._layer_states: dict[int, Tensor] = {}
@@ -97,14 +98,15 @@ class HeadRunner:
 
         ``generated`` [rows]: tokens of the answer so far; ``last_token_ids`` [rows]; ``sampling``: SGLang's
         SamplingBatchInfo.
-        Returns bool [rows]: the rows rewritten, which are the guided ones whose candidates needed scoring.
+        Returns bool [rows]: the rows rewritten, which are the guided ones that need steering.
         """
         guided = control.guided_rows(generated, self.scaled_targets.read(slots), last_token_ids, self.closing_tokens)
 
-        def reweigh(candidates: Candidates) -> Tensor:
+        def reweigh(candidates: Candidates) -> tuple[Tensor, Tensor]:
             token_rows = self.token_table[candidates.ids]
             bin_logprobs = self.candidate_head.candidate_logprobs(features[control.rows], token_rows)
             lengths, gamma = self.candidate_head.bin_lengths, self.config.gamma
-            return guided.steer(candidates, expected_value(bin_logprobs, lengths, gamma), bin_logprobs, lengths, gamma)
+            values = expected_value(bin_logprobs, lengths, gamma)
+            return values, guided.steer(candidates, values, bin_logprobs, lengths, gamma)
 
         return steer_rows(logits, control, guided, sampling, self.eos_token_ids, reweigh)

@@ -22,6 +22,8 @@ MAX_BETA = 10_000.0
 MAX_FACTOR = 100.0
 MAX_TOP_K = 128
 """Of a request under control, whose candidates are scored one by one."""
+MAX_STOP_TOKENS = 16
+"""Of a request under control, beside the EOS ids: each is a candidate."""
 MAX_ENTROPY = 20.0
 """Nats: more than the entropy of any vocabulary."""
 
@@ -34,7 +36,17 @@ _PARAMETERS_OF = {
     "target_mean": ("target", "factor"),
 }
 _TILTS = ("tilt", "target_mean")
-_FIELDS = ("mode", "target", "beta", "factor", "scaling", "strategy", "entropy_threshold", "min_value")
+_FIELDS = (
+    "mode",
+    "target",
+    "beta",
+    "factor",
+    "scaling",
+    "strategy",
+    "entropy_threshold",
+    "min_value",
+    "max_mean_value",
+)
 
 
 class LengthControlError(ValueError):
@@ -61,6 +73,7 @@ class LengthControl:
     ``entropy_threshold`` > 0, in nats: steps whose candidates have a lower entropy are not controlled.
     ``min_value`` in (-1, 0], with every mode: candidates of a lower value, which lead to more tokens than that value
     stands for, are not chosen while one of at least that value that does not end the answer is left.
+    ``max_mean_value`` in (-1, 0]: steps whose candidates' mean value is greater, nearer the end, are not controlled.
     """
 
     mode: str
@@ -71,6 +84,7 @@ class LengthControl:
     strategy: str = "natural"
     entropy_threshold: float = 0.0
     min_value: float | None = None
+    max_mean_value: float = 0.0
 
     @property
     def is_neutral(self) -> bool:
@@ -102,7 +116,8 @@ class LengthControl:
             entropy_threshold=_number(
                 raw.get("entropy_threshold", 0.0), f"{field}.entropy_threshold", 0.0, MAX_ENTROPY
             ),
-            min_value=_min_value(raw.get("min_value"), f"{field}.min_value"),
+            min_value=_bound(raw.get("min_value"), f"{field}.min_value"),
+            max_mean_value=_bound(raw.get("max_mean_value"), f"{field}.max_mean_value") or 0.0,
         )
 
     @classmethod
@@ -133,7 +148,9 @@ class LengthControl:
             fields["strategy"] = self.strategy
         if self.entropy_threshold:
             fields["entropy_threshold"] = self.entropy_threshold
-        return fields if self.min_value is None else {**fields, "min_value": self.min_value}
+        if self.min_value is not None:
+            fields["min_value"] = self.min_value
+        return {**fields, "max_mean_value": self.max_mean_value} if self.max_mean_value else fields
 
 
 def check_sampling(control: LengthControl | None, params: Mapping[str, Any]) -> None:
@@ -142,9 +159,8 @@ def check_sampling(control: LengthControl | None, params: Mapping[str, Any]) -> 
         return
     if (params.get("top_k") or 0) > MAX_TOP_K:
         raise LengthControlError("top_k", f"must be at most {MAX_TOP_K} with a length control, or -1")
-    if params.get("stop_token_ids"):
-        message = "cannot be combined with a length control, to which only EOS is an end; use stop"
-        raise LengthControlError("stop_token_ids", message)
+    if len(params.get("stop_token_ids") or ()) > MAX_STOP_TOKENS:
+        raise LengthControlError("stop_token_ids", f"must be at most {MAX_STOP_TOKENS} with a length control")
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +246,8 @@ def _number(raw: object, field: str, low: float, high: float) -> float:
     return float(raw)
 
 
-def _min_value(raw: object, field: str) -> float | None:
+def _bound(raw: object, field: str) -> float | None:
+    """A value in (-1, 0]."""
     if raw is None:
         return None
     number = _number(raw, field, -1.0, 0.0)

@@ -12,8 +12,8 @@ from typing import Any
 from lenvm_kernels.checkpoint import read_config
 from lenvm_kernels.checkpoint_files import LenVMKind, find_kind
 from lenvm_kernels.length_value import length_from_value
-from lenvm_runtime import compat, tool_calls
-from lenvm_runtime.config import PluginConfig
+from lenvm_runtime import compat, grammar_errors, tool_calls
+from lenvm_runtime.config import CPU_PLATFORM, PluginConfig
 from lenvm_runtime.value_model.source import read_source
 
 
@@ -29,6 +29,7 @@ def _load(config: PluginConfig) -> None:
     compat.check_version()
     _register_cpu_engine()
     tool_calls.register()
+    grammar_errors.register()
     if config.head is not None:
         _register_lenvm(config.head)
     if config.step_times is not None:
@@ -58,9 +59,10 @@ def _register_lenvm(folder: Path) -> None:
 
 
 def _register_cpu_engine() -> None:
-    from lenvm_runtime.cpu.platform import activate
+    from lenvm_runtime.cpu.platform import CpuPlatform, activate
 
     if activate() is not None:
+        compat.check_platform(CpuPlatform, CPU_PLATFORM)
         from lenvm_runtime.cpu import attention_backend, layers, linear, sampling
 
         for part in (attention_backend, layers, linear, sampling):

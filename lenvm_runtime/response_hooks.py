@@ -51,8 +51,9 @@ def register(gamma: float, max_length: int) -> None:
         original: Callable[..., AsyncGenerator[Any, None]], manager: Any, obj: Any, *args: Any
     ) -> AsyncGenerator[Any, None]:
         params = getattr(obj, "sampling_params", None)
-        _check_controls(params)
         vocab_size = compat.vocab_size(manager)
+        _check_controls(params)
+        _check_stop_ids(params, vocab_size)
         queries = _read_queries(params, vocab_size)
         _check_input_ids(obj.input_ids, vocab_size, "input" if queries else "prompt")
         if queries:
@@ -81,6 +82,13 @@ def _check_controls(sampling_params: Any) -> None:
     """Refuse an unusable control here (ValueError: HTTP 400), before it reaches the scheduler."""
     for params in _each(sampling_params):
         check_sampling(LengthControl.from_custom_params(params.get("custom_params")), params)
+
+
+def _check_stop_ids(sampling_params: Any, vocab_size: int) -> None:
+    """Refuse a stop token that the model does not have (ValueError: HTTP 400): it can end the scheduler."""
+    for token in (token for params in _each(sampling_params) for token in params.get("stop_token_ids") or ()):
+        if not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise LengthControlError("stop_token_ids", f"{token!r} is not a token id from 0 to {vocab_size - 1}")
 
 
 def _check_input_ids(input_ids: list[int] | list[list[int]] | None, vocab_size: int, field: str) -> None:

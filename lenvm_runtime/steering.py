@@ -88,13 +88,14 @@ def steer_rows(
     guided: GuidedRows,
     sampling: Any,
     eos_token_ids: Tensor,
-    reweigh: Callable[[Candidates], Tensor],
+    reweigh: Callable[[Candidates], tuple[Tensor, Tensor]],
 ) -> Tensor:
     """Rewrite the guided rows of ``logits`` [rows, vocab] in place; the bits of other rows stay.
 
-    ``reweigh`` maps the candidates of the G guided rows to their steered log-probabilities [G, C]. ``sampling``:
-    SGLang's SamplingBatchInfo, whose temperatures and filters choose the candidates.
-    Returns bool [rows]: the rows rewritten, which are the guided ones whose candidates needed scoring.
+    ``sampling``: SGLang's SamplingBatchInfo, whose temperatures and filters choose the candidates; ``eos_token_ids``
+    [E] int64: the tokens that end every request; ``reweigh`` maps the candidates of the G guided rows to their values
+    and steered log-probabilities, each [G, C].
+    Returns bool [rows]: the rows rewritten, which are the guided ones that need steering.
     """
     rows = control.rows
     candidates = select_candidates(
@@ -103,7 +104,7 @@ def steer_rows(
         sampling.top_ks[rows],
         sampling.top_ps[rows],
         sampling.min_ps[rows],
-        eos_token_ids,
+        control.end_ids(eos_token_ids),
         min(control.num_candidates, logits.shape[-1]),
         guided.may_end_anywhere,
     )
@@ -111,15 +112,15 @@ def steer_rows(
         candidates = limit_candidates(
             candidates, control.max_rank[rows], control.endless[rows], guided.may_end_anywhere
         )
-    steered = reweigh(candidates)
+    values, steered = reweigh(candidates)
 
     def spread(part: Tensor, other: float) -> Tensor:
         """[G, ...] of the guided rows -> [rows, ...] with ``other`` in the rest."""
         return part.new_full((len(logits), *part.shape[1:]), other).index_copy(0, rows, part)
 
-    scored = spread(guided.needs_scoring(candidates), False)
-    scatter_candidates(logits, spread(candidates.ids, 0), spread(steered, -torch.inf), sampling.temperatures, scored)
-    return scored
+    rewritten = spread(guided.needs_steering(candidates, values), False)
+    scatter_candidates(logits, spread(candidates.ids, 0), spread(steered, -torch.inf), sampling.temperatures, rewritten)
+    return rewritten
 
 
 def released(sampling: Any, steered: Tensor) -> Any:

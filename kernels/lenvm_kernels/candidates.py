@@ -11,6 +11,8 @@ import torch
 
 TOP_K_ALL = 1 << 30
 """SGLang's top_k of a request without a top-k filter."""
+NO_TOKEN = -1
+"""In place of an EOS id, where rows have different numbers of them."""
 BANNED_BELOW = 60.0
 """Logits that models give EOS lie at most about 25 below the greatest; OpenAI's logit_bias of -100 is a ban."""
 
@@ -18,7 +20,8 @@ BANNED_BELOW = 60.0
 class Candidates(NamedTuple):
     """Candidate next tokens of B rows. Columns 0..K-1 by falling probability, columns K.. the E EOS ids.
 
-    A column that is no candidate (filtered, or an EOS id that has its own column) has logprob -inf.
+    A column that is no candidate (filtered, or an EOS id that has its own column) has logprob -inf; that of NO_TOKEN
+    has id 0.
     """
 
     ids: torch.Tensor  # [B, K + E] int64
@@ -39,7 +42,8 @@ def select_candidates(
     """The K = max_candidates likeliest tokens that pass the request's filters, and, in exempt rows, every EOS id.
 
     logits [B, V] float; temperatures [B] or [B, 1]; top_ks [B] int; top_ps, min_ps [B] float;
-    eos_token_ids [E] int64, distinct, each < V; 1 <= max_candidates <= V; exempt_eos [B] bool.
+    eos_token_ids [E] or [B, E] int64, each < V, distinct in a row but for NO_TOKEN; 1 <= max_candidates <= V;
+    exempt_eos [B] bool.
 
     The filters are those of SGLang's pytorch backend, on p = softmax(logits / T) sorted: rank < top_k,
     (sum of the likelier ones) <= top_p, p >= min_p * max p. They need no more than the first K ranks.
@@ -57,12 +61,14 @@ def select_candidates(
     top_logprobs, top_ids = logprobs.topk(max_candidates, dim=-1)  # [B, K]
 
     keep = greedy | _passes_filters(top_logprobs.exp(), top_ks, top_ps, min_ps)
-    is_eos = top_ids.unsqueeze(-1) == eos_token_ids  # [B, K, E]
+    eos_ids = eos_token_ids.expand(logits.shape[0], -1)  # [B, E]
+    is_eos = top_ids.unsqueeze(-1) == eos_ids.unsqueeze(1)  # [B, K, E]
     eos_passes = exempt_eos.unsqueeze(-1) | (is_eos & keep.unsqueeze(-1)).any(1)  # [B, E]
     keep &= ~is_eos.any(-1)
     top_logprobs = top_logprobs.masked_fill(~keep, -torch.inf)
 
-    eos_ids = eos_token_ids.expand(logits.shape[0], -1)  # [B, E]
+    eos_passes &= eos_ids != NO_TOKEN
+    eos_ids = eos_ids.clamp(min=0)
     ids = torch.cat([top_ids, eos_ids], dim=-1)
     eos_passes &= logits.gather(1, eos_ids) > logits.amax(-1, keepdim=True) - BANNED_BELOW
     eos_logprobs = logprobs.gather(1, eos_ids).masked_fill(~eos_passes, -torch.inf)

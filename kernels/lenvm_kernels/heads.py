@@ -20,7 +20,7 @@ class HeadConfig:
 
     * ``gamma``: discount of the value map; ``num_bins`` and ``max_length``: the remaining-length bins;
     * ``feature_layers``: outputs of these decoder layers (0-based) are joined to the final state;
-    * ``eos_token_ids``: tokens that end an answer (value 0 as candidates);
+    * ``eos_token_ids``: tokens that ended the answers it learned from;
     * ``sampling``: settings that all answers it learned from were sampled with (temperature, top_p, ...): its lengths
       are those of answers sampled so.
     """

@@ -157,6 +157,17 @@ def solve_mean_tilt(
     return backend(candidate_logprobs, candidate_values, eos_mask, wanted)
 
 
+def mean_value(
+    candidate_logprobs: torch.Tensor, candidate_values: torch.Tensor, eos_mask: torch.Tensor
+) -> torch.Tensor:
+    """E_p[v] over each row's candidates, 0 without any: float32 [B] in [-1, 0].
+
+    candidate_logprobs, candidate_values [B, C] float32, read at candidates other than EOS; eos_mask [B, C] bool.
+    """
+    chosen = candidate_logprobs.exp() * candidate_values.masked_fill(eos_mask, 0.0)
+    return torch.where(candidate_logprobs > -torch.inf, chosen, 0.0).sum(-1)
+
+
 def mean_target(
     candidate_logprobs: torch.Tensor,
     candidate_values: torch.Tensor,
@@ -167,7 +178,7 @@ def mean_target(
     factor: torch.Tensor,
     gamma: float,
 ) -> torch.Tensor:
-    """The mean value that a MEAN row wants of its next state, with e = E_p[v] over its candidates: float32 [B].
+    """The mean value that a MEAN row wants of its next state, with e its `mean_value`: float32 [B].
 
     MEAN_TARGET          value(max(target - t - 1, 0)): target tokens in all
     MEAN_LENGTH_FACTOR   value(factor * length(e)): factor times as many tokens to come as predicted
@@ -176,8 +187,7 @@ def mean_target(
     candidate_logprobs, candidate_values [B, C] float32; eos_mask [B, C] bool; num_generated, mode [B] int32;
     target, factor [B] float32, read where the mode has one. Other modes: meaningless, finite.
     """
-    chosen = candidate_logprobs.exp() * candidate_values.masked_fill(eos_mask, 0.0)
-    mean = torch.where(candidate_logprobs > -torch.inf, chosen, 0.0).sum(-1)  # [B]
+    mean = mean_value(candidate_logprobs, candidate_values, eos_mask)  # [B]
     by_target = value_from_length((target - num_generated - 1).clamp(min=0.0), gamma)
     by_length = value_from_length(factor * length_from_value(mean, gamma), gamma)
     by_value = (factor * mean).clamp(MIN_VALUE, 0.0)

@@ -59,7 +59,7 @@ class ValueModelHooks:
         with compat.random_state_kept(target):  # the served model's tokens for a seed stay stock SGLang's
             runner = ValueModelRunner(self._source, target)
         closing = closing_tokens(compat.token_texts(target.server_args.tokenizer_path), target.model_config.vocab_size)
-        self._guide = ValueGuide(runner, sorted(compat.eos_token_ids(target)), closing, self._max_length)
+        self._guide = ValueGuide(runner, compat.eos_token_ids(scheduler), closing, self._max_length)
 
     def _count_kv_bytes(self, cell_size: int, _configurator: Any, _kvc: Any, _num_layers: int) -> int:
         assert self._guide is not None

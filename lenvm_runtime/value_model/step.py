@@ -121,9 +121,10 @@ class ValueStep:
             generated, guide.scaled_targets.read(slots), last_token_ids(self.batch), guide.closing_tokens
         )
 
-        def reweigh(candidates: Candidates) -> Tensor:
+        def reweigh(candidates: Candidates) -> tuple[Tensor, Tensor]:
             values = self._run_candidates(control.rows, candidates.ids, scored_candidates(candidates, guided))
-            return guided.steer(candidates, values, guide.distribution(values), guide.bin_lengths, guide.gamma)
+            distribution = guide.distribution(values)
+            return values, guided.steer(candidates, values, distribution, guide.bin_lengths, guide.gamma)
 
         return steer_rows(logits, control, guided, sampling, guide.eos_token_ids, reweigh)
 

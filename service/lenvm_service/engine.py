@@ -27,7 +27,7 @@ _KEEPALIVE_S = 2.0  # below the engine's own 5 s, so that a kept connection is n
 _JSON = {"content-type": "application/json"}
 _CLIENT_FAULTS = (400, 404, 413, 422)
 _LOCATION = re.compile(r"'loc': \('body', (?P<loc>[^)]*)\), 'msg': (?P<quote>['\"])(?P<msg>.*?)(?P=quote)[,}]")
-_GRAMMAR = re.compile(r"Failed to compile (?P<kind>regex|ebnf|json) grammar")
+_GRAMMAR = re.compile(r"Failed to (compile|follow) (?P<kind>regex|ebnf|json) grammar")
 _GRAMMAR_FIELDS = {"regex": "regex", "ebnf": "ebnf", "json": "response_format"}
 
 

@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lenvm_runtime.length_control import MAX_STOP_TOKENS
+
 from .errors import InvalidField, UnknownField, UnsupportedField
 
 _IGNORED = "the engine would ignore it"
@@ -102,6 +104,12 @@ def stop(field: str, value: Any) -> None:
     for one in stops:
         if not isinstance(one, str) or not 1 <= len(one) <= MAX_STOP_CHARS:
             raise InvalidField(field, f"each stop must be a string of 1 to {MAX_STOP_CHARS} characters")
+
+
+def stop_token_ids(field: str, value: Any) -> None:
+    """Token ids that end the answer; the engine refuses one that its model does not have."""
+    if not _is_ids(value) or len(value) > MAX_STOP_TOKENS:
+        raise InvalidField(field, f"must be 1 to {MAX_STOP_TOKENS} token ids")
 
 
 def logit_bias(field: str, value: Any) -> None:
@@ -271,6 +279,7 @@ _SAMPLING: Mapping[str, Check] = {
     "min_p": number(0, 1),
     "n": integer(1, 128),
     "stop": stop,
+    "stop_token_ids": stop_token_ids,
     "seed": integer(-(2**63), 2**63 - 1),
     "max_tokens": integer(1, MAX_TOKENS),
     "min_tokens": integer(0, MAX_TOKENS),
@@ -331,7 +340,6 @@ REFUSED: Mapping[str, str] = {
     "functions": "use tools",
     "function_call": "use tool_choice",
     "reasoning_effort": "use chat_template_kwargs.enable_thinking",
-    "stop_token_ids": "the engine does not check the ids, and a wrong one stops it; use stop",
     "stop_regex": "a regex can stall the engine; use stop",
     "json_schema": "use response_format",
     "custom_params": "use max_length_hint, length_control and length_values",

@@ -99,9 +99,12 @@ class Api:
         assert response.status_code == 200, response.text
         return Answer(response.json())
 
-    def stream(self, route: str, question: str = QUESTION, **fields: Any) -> list[dict[str, Any]]:
+    def events(self, route: str, question: str = QUESTION, **fields: Any) -> list[str]:
         with self._http.stream("POST", route, json=self.body(route, question, {"stream": True, **fields})) as response:
-            events = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+            return [line.removeprefix("data: ") for line in response.iter_lines() if line]
+
+    def stream(self, route: str, question: str = QUESTION, **fields: Any) -> list[dict[str, Any]]:
+        events = self.events(route, question, **fields)
         assert events[-1] == "[DONE]"
         return [json.loads(event) for event in events[:-1]]
 
@@ -161,6 +164,19 @@ def test_stop_and_cap(api: Api, route: str) -> None:
     assert (capped.num_tokens, capped.choice["finish_reason"]) == (5, "length")
 
 
+@covers("stop_token_ids")
+def test_stop_tokens(api: Api, route: str) -> None:
+    """With control too; a token that the model does not have is refused, not the engine's end."""
+    (token,) = api.token_ids(" capital")
+    assert " capital" in api.ask(route).text
+    for control in ({}, {"length_control": {"mode": "tilt", "beta": 1}}):
+        stopped = api.ask(route, stop_token_ids=[token], **control)
+        assert " capital" not in stopped.text
+        assert (stopped.choice["finish_reason"], stopped.choice["matched_stop"]) == ("stop", token)
+    assert api.refusal(route, stop_token_ids=[49_152], min_tokens=3) == "stop_token_ids"
+    assert " capital" in api.ask(route).text
+
+
 @covers("max_completion_tokens", routes=(CHAT_PATH,))
 def test_max_completion_tokens(api: Api, route: str) -> None:
     capped = api.ask(route, ESSAY, max_completion_tokens=5)
@@ -207,6 +223,16 @@ def test_grammars_hold(api: Api, route: str) -> None:
     pattern = r"[a-z]{5} [0-9]{3}\n[a-z]{3} é"
     assert re.fullmatch(pattern, api.ask(route, regex=pattern).text)
     assert api.ask(route, ebnf='root ::= ("yes, sir" | "no, sir") "!"').text in ("yes, sir!", "no, sir!")
+
+
+@pytest.mark.parametrize("route", BOTH)
+def test_a_grammar_that_no_answer_ends_is_an_error_of_the_request(api: Api, route: str) -> None:
+    """SGLang compiles it, and fails at a token: a stream has begun by then."""
+    endless = 'root ::= "a" root'
+    assert api.refusal(route, ebnf=endless) == "ebnf"
+    *_, last = api.events(route, ebnf=endless)
+    assert json.loads(last)["error"]["code"] == 400
+    assert "Failed to follow ebnf grammar: parser error: Too many items" in last
 
 
 @covers("stream", "stream_options", "stream_options.include_usage", "stream_options.continuous_usage_stats")

@@ -45,6 +45,8 @@ TOLERANCE = 2e-3
 NUM_ABORT_REQUESTS = int(os.environ.get("LENVM_TEST_ABORT_REQUESTS", "1000"))
 """How many requests the abort test sends."""
 
+MEAN_VALUE = -0.5
+"""Of the candidates of about half the steps."""
 MAX_TOTAL_TOKENS = 1600
 MAX_RUNNING = 24
 CONTROLS: tuple[dict[str, Any], ...] = (
@@ -60,6 +62,7 @@ CONTROLS: tuple[dict[str, Any], ...] = (
     {"mode": "target_mean", "factor": 1.05, "scaling": "value"},
     {"mode": "scale", "factor": 0.5},
     {"mode": "equal", "target": 40, "entropy_threshold": 1.5},
+    {"mode": "tilt", "beta": -15.0, "max_mean_value": MEAN_VALUE},
 )
 SAMPLINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 1.0, "top_k": 10},
@@ -82,7 +85,7 @@ ROWS: tuple[tuple[dict[str, Any] | None, dict[str, Any]], ...] = (
     (CONTROLS[0], LETTERS),
     (None, {**PENALTIES, "ignore_eos": True}),
     (CONTROLS[5], PENALTIES),
-    (CONTROLS[4], {"logit_bias": {"70": 3.0, "80": -100.0}}),
+    (CONTROLS[4], {"logit_bias": {"70": 3.0, "80": -100.0}, "stop_token_ids": [60, 90]}),
     (CONTROLS[5], {"top_k": 38, "ignore_eos": True}),
     ({"mode": "at_most", "target": 5, "strategy": "hard"}, {"top_k": 10, "ignore_eos": True}),
 )
@@ -156,7 +159,8 @@ class Twin:
     ) -> Tensor | None:
         top_k = 1 if sampling.get("temperature") == 0 else sampling.get("top_k", TOP_K_ALL)
         endless = [sampling.get("ignore_eos", False)]
-        rows = ControlBatch.build([LengthControl.parse(control)], [len(prompt)], [top_k], "cpu", endless)
+        stops = sampling.get("stop_token_ids", [])
+        rows = ControlBatch.build([LengthControl.parse(control)], [len(prompt)], [top_k], "cpu", endless, [stops])
         assert rows is not None
         last = torch.tensor((prompt + output)[-1:])
         targets = self._scaled_target(prompt, control)
@@ -167,19 +171,20 @@ class Twin:
             torch.tensor([top_k]),
             torch.tensor([sampling.get("top_p", 1.0)]),
             torch.tensor([sampling.get("min_p", 0.0)]),
-            torch.tensor([EOS]),
+            rows.end_ids(torch.tensor([EOS])),
             rows.num_candidates,
             guided.may_end_anywhere,
         )
         if rows.has_limits:
             candidates = limit_candidates(candidates, rows.max_rank, rows.endless, guided.may_end_anywhere)
-        if not guided.needs_scoring(candidates):
-            return None
         ids = candidates.ids[0].tolist()
         chosen = (candidates.logprobs[0] > -torch.inf).tolist()
         values = torch.zeros(1, len(ids))
         kept = [column for column, is_candidate in enumerate(chosen) if is_candidate]
         values[0, kept] = self.candidate_values(prompt + output, [ids[column] for column in kept])
+        values[candidates.eos_mask] = 0.0
+        if not guided.needs_steering(candidates, values):
+            return None
         steered = guided.steer(candidates, values, distribution_from_value(values, self._table), self._bins, GAMMA)
         probs = torch.zeros(len(logits))
         return probs.scatter_reduce(0, candidates.ids[0], steered[0].exp(), "amax")
@@ -318,7 +323,7 @@ async def test_overlap_scheduling_stays_on(engine: Engine, http: httpx.AsyncClie
     assert info["disable_overlap_schedule"] is False
 
 
-@pytest.mark.parametrize(("field", "value"), [("top_k", 200), ("stop_token_ids", [40]), ("min_value", None)])
+@pytest.mark.parametrize(("field", "value"), [("top_k", 200), ("stop_token_ids", [*range(17)]), ("min_value", None)])
 async def test_what_a_control_cannot_honour_is_a_400_that_names_it(
     engine: Engine, http: httpx.AsyncClient, field: str, value: Any
 ) -> None:

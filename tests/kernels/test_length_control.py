@@ -21,6 +21,7 @@ from lenvm_kernels.length_control import (
     PreferenceKernel,
     Strategy,
     mean_target,
+    mean_value,
     needs_scoring,
     solve_mean_tilt,
     steer_candidates,
@@ -502,6 +503,15 @@ def test_a_solved_row_without_candidates_or_with_garbage_values_is_finite() -> N
     beta = solve_mean_tilt(logprobs, values, eos_mask, torch.full((3,), -0.4))
     assert beta.isfinite().all()
     assert beta[1] == 0
+
+
+def test_the_mean_value_is_that_of_the_candidates_alone_with_none_at_the_end() -> None:
+    logprobs = torch.log(torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0] * 4]))
+    values = torch.tensor([[-0.2, -0.4, -0.9, torch.nan]]).expand(3, -1)
+    eos_mask = torch.tensor([[False, False, True, False]]).expand(3, -1)
+    found = mean_value(logprobs, values, eos_mask)
+    assert found.tolist() == pytest.approx([0.5 * -0.2 + 0.25 * -0.4, 0.0, 0.0])
+    assert mean_value(logprobs.to("meta"), values.to("meta"), eos_mask.to("meta")).shape == (3,)
 
 
 def test_mean_targets_follow_their_definitions() -> None:

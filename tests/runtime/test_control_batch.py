@@ -6,6 +6,7 @@ import random
 
 import torch
 
+from lenvm_kernels.candidates import NO_TOKEN
 from lenvm_kernels.length_control import Mode
 from lenvm_kernels.value_bound import NO_MIN_VALUE
 from lenvm_runtime.control_batch import ControlBatch, merge
@@ -20,6 +21,7 @@ CHOICES = (
     LengthControl("tilt", beta=3.0),
     LengthControl("target_mean", target=8, entropy_threshold=0.5),
     LengthControl("target_mean", factor=2.0, scaling="value"),
+    LengthControl("at_least", target=8, max_mean_value=-0.25),
     LengthControl("tilt", beta=0.0, min_value=-0.5),
     LengthControl("target_mean", factor=0.5, scaling="length"),
 )
@@ -27,7 +29,9 @@ CHOICES = (
 
 def build(rows: list[tuple[LengthControl | None, int]]) -> ControlBatch | None:
     numbers = [number for _, number in rows]  # of the prompt's tokens, and stand for what else a row has
-    return ControlBatch.build([c for c, _ in rows], numbers, numbers, "cpu", [number % 2 == 0 for number in numbers])
+    stops = [set(range(number, number + number % 4)) or None for number in numbers]
+    ignored = [number % 2 == 0 for number in numbers]
+    return ControlBatch.build([c for c, _ in rows], numbers, numbers, "cpu", ignored, stops)
 
 
 def assert_equal(batch: ControlBatch | None, rows: list[tuple[LengthControl | None, int]]) -> None:
@@ -38,8 +42,11 @@ def assert_equal(batch: ControlBatch | None, rows: list[tuple[LengthControl | No
     assert batch.guided == expected.guided
     assert batch.mean == expected.mean
     assert batch.bounded == expected.bounded
+    assert batch.gated == expected.gated
     assert batch.endings_ignored == expected.endings_ignored
     assert batch.max_candidates == expected.max_candidates
+    assert batch.num_stops == expected.num_stops
+    assert torch.equal(batch.stop_ids, expected.stop_ids)
     guided = expected.rows
     assert torch.equal(batch.rows, guided)
     for name in (
@@ -50,6 +57,7 @@ def assert_equal(batch: ControlBatch | None, rows: list[tuple[LengthControl | No
         "beta",
         "entropy_threshold",
         "min_value",
+        "max_mean_value",
         "max_rank",
         "endless",
         "prompt_len",
@@ -80,7 +88,7 @@ def test_a_batch_without_control_costs_nothing() -> None:
 
 
 def test_guided_rows_are_those_under_control_with_their_own_targets() -> None:
-    controls = (LengthControl("equal", target=7), None, LengthControl("scale", factor=0.5), CHOICES[-3], CHOICES[-1])
+    controls = (LengthControl("equal", target=7), None, LengthControl("scale", factor=0.5), CHOICES[-4], CHOICES[-1])
     batch = build([(control, 3) for control in controls])
     assert batch is not None
     targets, last, closing = torch.tensor([11.0, 12.0, 13.0, 14.0, 15.0]), torch.arange(5), torch.arange(9) == 3
@@ -107,3 +115,27 @@ def test_a_least_value_is_its_rows_alone() -> None:
     filtered = batch.filter([0, 1], torch.tensor([0, 1]))
     assert filtered is not None
     assert not filtered.guided_rows(torch.zeros(2), torch.ones(2), torch.arange(2), closing).has_min_value
+
+
+def test_the_stops_of_a_row_are_its_ends_beside_the_eos_ids() -> None:
+    eos, control = torch.tensor([2, 9]), LengthControl("equal", target=7)
+    batch = ControlBatch.build(
+        [control, None, control, control], [1] * 4, [1] * 4, "cpu", None, [{5}, {6}, None, {9, 3}]
+    )
+    assert batch is not None
+    assert batch.end_ids(eos).tolist() == [[2, 9, 5, NO_TOKEN], [2, 9, NO_TOKEN, NO_TOKEN], [2, 9, 3, NO_TOKEN]]
+    without = batch.filter([1, 2], torch.tensor([1, 2]))
+    assert without is not None
+    assert without.end_ids(eos) is eos
+
+
+def test_a_greatest_mean_value_is_its_rows_alone() -> None:
+    batch = build([(None, 3), (LengthControl("equal", target=7), 3), (CHOICES[-3], 3)])
+    assert batch is not None
+    closing = torch.zeros(9, dtype=torch.bool)
+    rows = batch.guided_rows(torch.zeros(3), torch.ones(3), torch.arange(3), closing)
+    assert rows.has_max_mean_value
+    assert rows.max_mean_value.tolist() == [0.0, -0.25]
+    filtered = batch.filter([0, 1], torch.tensor([0, 1]))
+    assert filtered is not None
+    assert not filtered.guided_rows(torch.zeros(2), torch.ones(2), torch.arange(2), closing).has_max_mean_value

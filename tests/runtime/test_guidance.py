@@ -30,6 +30,8 @@ CONTROLS = (
     LengthControl("at_most", target=20, strategy="hard", min_value=-0.1),
     LengthControl("tilt", beta=0.0, min_value=-0.1),
     LengthControl("target_mean", factor=1.0, scaling="length", min_value=-0.1),
+    LengthControl("equal", target=40, max_mean_value=-0.12),
+    LengthControl("tilt", beta=0.0, min_value=-0.1, max_mean_value=-0.12),
 )
 GENERATED = 12
 
@@ -69,13 +71,13 @@ def test_each_row_alone_equals_the_row_among_all_modes_bitwise() -> None:
     controls = [CONTROLS[i % len(CONTROLS)] for i in range(num_rows)]
     candidates, values = make_step(num_rows)
     rows = guided_rows(controls)
-    together, scored = steer(rows, candidates, values), rows.needs_scoring(candidates)
+    together, steered = steer(rows, candidates, values), rows.needs_steering(candidates, values)
     for i in range(num_rows):
         alone = guided_rows([controls[i]])
         tolerance = 1e-6 if controls[i].mode == "target_mean" else 0.0
         found = steer(alone, take(candidates, i), values[i : i + 1])[0]
         torch.testing.assert_close(found, together[i], rtol=tolerance, atol=0)
-        assert alone.needs_scoring(take(candidates, i))[0] == scored[i]
+        assert alone.needs_steering(take(candidates, i), values[i : i + 1])[0] == steered[i]
 
 
 @pytest.mark.parametrize("control", CONTROLS, ids=str)
@@ -136,6 +138,34 @@ def test_values_and_their_distributions_agree() -> None:
     torch.testing.assert_close(
         expected_value(distribution_from_value(values, TABLE), LENGTHS, GAMMA), values, atol=2e-6, rtol=0
     )
+
+
+def test_steps_nearer_the_end_than_the_greatest_mean_value_are_left_alone() -> None:
+    candidates, values = make_step(9)
+    mean = torch.where(candidates.eos_mask | candidates.logprobs.isneginf(), 0.0, candidates.logprobs.exp() * values)
+    mean = mean.sum(-1)
+    plain = guided_rows([LengthControl("tilt", beta=8.0)] * 9).needs_scoring(candidates)
+    bound = float(mean.median())
+    assert 0 < int((plain & (mean <= bound)).sum()) < int(plain.sum())  # otherwise the gate does nothing here
+    for max_mean_value, expected in (
+        (bound, plain & (mean <= bound)),  # a mean value equal to the bound is steered
+        (bound - 1e-6, plain & (mean < bound)),
+        (0.0, plain),
+        (-0.999, plain & False),
+    ):
+        rows = guided_rows([LengthControl("tilt", beta=8.0, max_mean_value=max_mean_value)] * 9)
+        assert torch.equal(rows.needs_steering(candidates, values), expected)
+
+
+def test_without_a_greatest_mean_value_no_mean_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lenvm_runtime import guidance
+
+    candidates, values = make_step(3)
+    gated = guided_rows([LengthControl("tilt", beta=8.0, max_mean_value=-0.1)] * 3)
+    monkeypatch.delattr(guidance, "mean_value")
+    guided_rows([LengthControl("tilt", beta=8.0, max_mean_value=0.0)] * 3).needs_steering(candidates, values)
+    with pytest.raises(NameError):
+        gated.needs_steering(candidates, values)
 
 
 BOUNDED = [control for control in CONTROLS if control.min_value is not None]

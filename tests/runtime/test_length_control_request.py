@@ -25,7 +25,9 @@ CONTROLS = st.one_of(
     ),
     st.builds(LengthControl, st.just("tilt"), beta=st.floats(-1000, 1000), entropy_threshold=st.floats(0, 20)),
     st.builds(LengthControl, st.just("scale"), factor=st.floats(0.01, 100), min_value=st.floats(-0.999, 0)),
-    st.builds(LengthControl, st.just("target_mean"), target=st.integers(1, 10_000)),
+    st.builds(
+        LengthControl, st.just("target_mean"), target=st.integers(1, 10_000), max_mean_value=st.floats(-0.999, 0)
+    ),
     st.builds(
         LengthControl,
         st.just("target_mean"),
@@ -89,6 +91,9 @@ def test_max_length_hint_is_short_for_at_most() -> None:
         ({"length_control": {"mode": "equal", "target": 5, "min_value": 0.5}}, "length_control.min_value"),
         ({"length_control": {"mode": "equal", "target": 5, "min_value": "low"}}, "length_control.min_value"),
         ({"length_control": {"min_value": -0.5}}, "length_control.mode"),
+        ({"length_control": {"mode": "tilt", "beta": 1, "max_mean_value": -1}}, "length_control.max_mean_value"),
+        ({"length_control": {"mode": "tilt", "beta": 1, "max_mean_value": 0.5}}, "length_control.max_mean_value"),
+        ({"length_control": {"mode": "tilt", "beta": 1, "max_mean_value": True}}, "length_control.max_mean_value"),
     ],
 )
 def test_unusable_fields_are_named(body: dict[str, Any], field: str) -> None:
@@ -110,9 +115,20 @@ def test_beta_zero_and_an_unchanged_mean_are_neutral() -> None:
     assert not LengthControl("tilt", beta=0.1).is_neutral
     assert not LengthControl("tilt", beta=0.0, min_value=-0.5).is_neutral
     assert not LengthControl("at_most", target=1).is_neutral
+    assert LengthControl("tilt", beta=0.0, max_mean_value=-0.5).is_neutral
 
 
-@pytest.mark.parametrize(("params", "field"), [({"top_k": 129}, "top_k"), ({"stop_token_ids": [7]}, "stop_token_ids")])
+def test_a_gate_that_every_step_passes_is_no_gate() -> None:
+    control = LengthControl.parse({"mode": "tilt", "beta": 1, "max_mean_value": 0})
+    assert (
+        control == LengthControl("tilt", beta=1.0) == LengthControl.parse({**control.to_dict(), "max_mean_value": None})
+    )
+    assert "max_mean_value" not in control.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("params", "field"), [({"top_k": 129}, "top_k"), ({"stop_token_ids": [*range(17)]}, "stop_token_ids")]
+)
 def test_what_a_control_cannot_honour_is_named(params: dict[str, Any], field: str) -> None:
     with pytest.raises(LengthControlError) as caught:
         check_sampling(LengthControl("tilt", beta=1.0), params)
@@ -121,6 +137,6 @@ def test_what_a_control_cannot_honour_is_named(params: dict[str, Any], field: st
     check_sampling(None, params)
 
 
-@pytest.mark.parametrize("params", [{}, {"top_k": None}, {"top_k": -1}, {"top_k": 128, "stop_token_ids": None}])
+@pytest.mark.parametrize("params", [{}, {"top_k": None}, {"top_k": -1}, {"top_k": 128, "stop_token_ids": [*range(16)]}])
 def test_other_parameters_go_with_a_control(params: dict[str, Any]) -> None:
     check_sampling(LengthControl("tilt", beta=1.0), params)

@@ -43,7 +43,7 @@ def make_runner() -> Any:
     config = HeadConfig("x", HIDDEN, VOCABULARY, 0.997, 32, 2048, 8, (), (3,))
     head = Head(config, ValueHead(HIDDEN).requires_grad_(False), CandidateHead(config).requires_grad_(False))
     closing = torch.arange(VOCABULARY) % 5 == 1
-    return HeadRunner(head, [], torch.randn(VOCABULARY, HIDDEN), lambda rows: rows, closing)
+    return HeadRunner(head, [], torch.randn(VOCABULARY, HIDDEN), lambda rows: rows, [3], closing)
 
 
 def make_sampling(**tensors: Tensor) -> Any:

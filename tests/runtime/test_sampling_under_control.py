@@ -75,14 +75,15 @@ def candidates_of(
     logits = logits.clone()
     info.apply_logits_bias(logits)
     ignore_eos = [row.get("ignore_eos", False) for row in rows]
-    control = ControlBatch.build(controls, [4] * len(rows), info.top_ks.tolist(), "cpu", ignore_eos)
+    stops = [row.get("stop_token_ids") for row in rows]
+    control = ControlBatch.build(controls, [4] * len(rows), info.top_ks.tolist(), "cpu", ignore_eos, stops)
     assert control is not None
     generated = torch.full((len(rows),), len(output[0]))
     kept: list[Candidates] = []
 
-    def reweigh(candidates: Candidates) -> Tensor:
+    def reweigh(candidates: Candidates) -> tuple[Tensor, Tensor]:
         kept.append(candidates)
-        return candidates.logprobs
+        return torch.full_like(candidates.logprobs, -0.5), candidates.logprobs
 
     no_closing = torch.zeros(len(rows), dtype=torch.int64), torch.zeros(VOCABULARY, dtype=torch.bool)
     guided = control.guided_rows(generated, torch.ones(len(rows)), *no_closing)
@@ -155,6 +156,33 @@ def test_an_ignored_eos_is_no_candidate_in_its_row_alone() -> None:
     assert (candidates.logprobs[:, -1] > -torch.inf).tolist() == [False, True, True]
     torch.testing.assert_close(candidates.logprobs.exp().sum(-1), torch.ones(3))
     assert (sampled[:, EOS] > -torch.inf).tolist() == [False, True, True]
+
+
+def test_a_stop_token_is_an_end_in_its_row_alone() -> None:
+    """An end whatever its chance, ignored and forbidden, as EOS is; a token like any in other rows."""
+    rows = [
+        {"stop_token_ids": [40, 41]},
+        {},
+        {"stop_token_ids": [EOS, 42]},
+        {"stop_token_ids": [40], "ignore_eos": True},
+        {"stop_token_ids": [40], "min_new_tokens": 5},
+    ]
+    logits = torch.randn(5, VOCABULARY, generator=torch.Generator().manual_seed(3))
+    logits[:, 40] = 5.0
+    logits[:, 41] = logits[:, 42] = -20.0  # no candidates but as ends
+    control = LengthControl("equal", target=9)
+    together, sampled = candidates_of(rows, [[7]] * 5, logits, [control] * 5)
+
+    def ids(columns: Tensor) -> list[set[int]]:
+        columns = columns & (together.logprobs > -torch.inf)
+        return [set(row[kept].tolist()) for row, kept in zip(together.ids, columns, strict=True)]
+
+    assert ids(together.eos_mask) == [{EOS, 40, 41}, {EOS}, {EOS, 42}, set(), set()]
+    assert [40 in row for row in ids(~together.eos_mask)] == [False, True, True, False, False]
+    for row in range(5):
+        one = slice(row, row + 1)
+        _, alone = candidates_of(rows[one], [[7]], logits[one], [control])
+        torch.testing.assert_close(sampled[row], alone[0])
 
 
 def test_a_large_top_k_is_honoured_and_widens_no_other_row() -> None:

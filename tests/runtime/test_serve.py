@@ -111,6 +111,23 @@ def test_an_engine_without_the_plugin_does_not_start() -> None:
     )
 
 
+def test_a_cpu_engine_without_its_platform_does_not_start() -> None:
+    result = launch_engine("--model-path", "x", SGLANG_PLUGINS="lenvm")
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1] == (
+        "lenvm: the SGLang plugin cannot start: there is no accelerator, and SGLang runs on SRTPlatform instead of the "
+        "platform 'lenvm_cpu'; name both in SGLANG_PLUGINS='lenvm', or leave it unset"
+    )
+
+
+def test_a_cpu_engine_with_plugin_and_platform_goes_on() -> None:
+    """To the model that is not there."""
+    result = launch_engine("--model-path", "/no/such/model", SGLANG_PLUGINS="lenvm, lenvm_cpu")
+    assert "lenvm: " not in result.stderr
+    assert "/no/such/model" in result.stderr
+
+
 def test_without_the_plugin_on_purpose() -> None:
     """The start goes on, to the model that is not there."""
     arguments = ("--model-path", "/no/such/model", "--attention-backend", "torch_native")

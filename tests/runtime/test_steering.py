@@ -16,11 +16,18 @@ from lenvm_runtime.steering import ScaledTargets, steer_rows
 EOS = torch.tensor([3])
 CONTROL = LengthControl("tilt", beta=1.0)
 SURE = LengthControl("tilt", beta=1.0, entropy_threshold=20.0)  # no step is this unsure: never steered
+AT_MEAN, NEAR_END = (LengthControl("tilt", beta=1.0, max_mean_value=bound) for bound in (-0.25, -0.26))
 
 
 @pytest.mark.parametrize(
     "controls",
-    [[CONTROL], [CONTROL, CONTROL, CONTROL], [None, CONTROL, None, SURE, CONTROL], [SURE, SURE]],
+    [
+        [CONTROL],
+        [CONTROL, CONTROL, CONTROL],
+        [None, CONTROL, None, SURE, CONTROL],
+        [SURE, SURE],
+        [NEAR_END, None, AT_MEAN, CONTROL, SURE],
+    ],
 )
 def test_only_scored_rows_are_rewritten(controls: list[LengthControl | None]) -> None:
     num_rows, vocab = len(controls), 60
@@ -38,13 +45,14 @@ def test_only_scored_rows_are_rewritten(controls: list[LengthControl | None]) ->
     kept: list[Candidates] = []
     wanted: list[Tensor] = []
 
-    def reweigh(candidates: Candidates) -> Tensor:
+    def reweigh(candidates: Candidates) -> tuple[Tensor, Tensor]:
         kept.append(candidates)
         wanted.append(torch.log_softmax(2 * candidates.logprobs, -1))
-        return wanted[0]
+        going_on = candidates.logprobs.exp().masked_fill(candidates.eos_mask, 0.0).sum(-1, keepdim=True)
+        return (-0.25 / going_on).expand_as(candidates.logprobs) * (1 + 1e-6), wanted[0]  # a mean value of -0.25
 
     steered = steer_rows(logits, control, guided, sampling, EOS, reweigh)
-    assert steered.tolist() == [choice is CONTROL for choice in controls]
+    assert steered.tolist() == [choice in (CONTROL, AT_MEAN) for choice in controls]
     assert torch.equal(logits[~steered], before[~steered])
     guided_rows = control.rows.tolist()
     for row in steered.nonzero().flatten().tolist():

@@ -147,7 +147,8 @@ def test_sglangs_memory_budget_counts_both_models(served_runner: Any, tmp_path: 
 
     save_lenvm(tmp_path, "qwen3")
     hooks = ValueModelHooks(read_source(tmp_path), 1000)
-    scheduler = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=served_runner))
+    worker = SimpleNamespace(model_runner=served_runner)
+    scheduler = SimpleNamespace(tp_worker=worker, model_config=served_runner.model_config, tokenizer=None)
     hooks._load(None, scheduler)
     hooks._share_slots(None, scheduler)
     assert compat.KV_BYTES_PER_TOKEN.endswith("DefaultPoolConfigurator._compute_cell_size")

@@ -47,6 +47,11 @@ BAD_FIELDS = [
     ("stop", {"stop": ["a", 3]}),
     ("stop", {"stop": ["a"] * 17}),
     ("stop", {"stop": "x" * 257}),
+    ("stop_token_ids", {"stop_token_ids": []}),
+    ("stop_token_ids", {"stop_token_ids": 5}),
+    ("stop_token_ids", {"stop_token_ids": [-1]}),
+    ("stop_token_ids", {"stop_token_ids": [True]}),
+    ("stop_token_ids", {"stop_token_ids": [*range(17)]}),
     ("seed", {"seed": 2**63}),
     ("seed", {"seed": "a"}),
     ("seed", {"seed": 1}),  # the engine would ignore it
@@ -145,6 +150,8 @@ BAD_FIELDS = [
     ("length_control.entropy_threshold", {"length_control": {**EQUAL, "entropy_threshold": "low"}}),
     ("length_control.min_value", {"length_control": {**EQUAL, "min_value": -1}}),
     ("length_control.min_value", {"length_control": {**EQUAL, "min_value": 0.1}}),
+    ("length_control.max_mean_value", {"length_control": {**EQUAL, "max_mean_value": -1}}),
+    ("length_control.max_mean_value", {"length_control": {**EQUAL, "max_mean_value": 0.1}}),
     ("length_control.target", {"max_tokens": 9, "length_control": {"mode": "target_mean", "target": 10}}),
     ("length_control.speed", {"length_control": {"mode": "equal", "target": 5, "speed": 1}}),
     ("length_values", {"length_values": "yes"}),
@@ -205,6 +212,7 @@ async def test_bad_completion_field_is_400_naming_it(engine, gateway, field, fie
     "fields",
     [
         {"temperature": 0, "top_p": 1, "top_k": -1, "min_p": 0, "n": 32, "stop": ["a", "b"]},
+        {"stop_token_ids": [*range(16)]},
         {"max_completion_tokens": 7, "max_tokens": 7, "min_tokens": 7, "presence_penalty": -2, "frequency_penalty": 2},
         {"logit_bias": {"0": -100, "49151": 100.0}, "repetition_penalty": 2, "logprobs": True, "top_logprobs": 20},
         {"response_format": SCHEMA},
@@ -243,6 +251,11 @@ async def test_good_fields_reach_the_engine_as_they_are(engine, gateway, fields)
             True,
         ),
         ({"length_control": {"mode": "tilt", "beta": 0}, "ignore_eos": True}, LengthControl("tilt", beta=0.0), True),
+        (
+            {"length_control": {"mode": "tilt", "beta": 2, "max_mean_value": -0.2}},
+            LengthControl("tilt", beta=2.0, max_mean_value=-0.2),
+            True,
+        ),
         (
             {"length_control": {"mode": "target_mean", "factor": 0.5, "entropy_threshold": 0.2, "min_value": -0.5}},
             LengthControl("target_mean", factor=0.5, scaling="length", entropy_threshold=0.2, min_value=-0.5),
@@ -441,6 +454,7 @@ class TestPrediction:
         ('1 error\n\n  File "/a/path.py", line 3', None, "1 error"),
         ("Failed to compile regex grammar: not closed.\n", "regex", "Failed to compile regex grammar: not closed."),
         ("Failed to compile json grammar: banana", "response_format", "Failed to compile json grammar: banana"),
+        ("Failed to follow ebnf grammar: Too many items", "ebnf", "Failed to follow ebnf grammar: Too many items"),
         (
             "1 validation error:\n  {'type': 'x', 'loc': ('body', 'messages', 0, 'content'), "
             "'msg': 'Input should be a string', 'input': 3}\n [{'type': ...",

@@ -107,7 +107,7 @@ def test_the_interval_of_a_head_is_the_engines(tmp_path: Path) -> None:
     head, model = head_and_model(tmp_path)
     prompts = group_samples(make_rows(8), 1)
     intervals = served_intervals(model, head, prompts, np.ones(8), RolloutCollator(0))
-    runner = HeadRunner(head, [], torch.zeros(64, 32), lambda table: table, torch.zeros(64, dtype=torch.bool))
+    runner = HeadRunner(head, [], torch.zeros(64, 32), lambda table: table, [1], torch.zeros(64, dtype=torch.bool))
     with torch.inference_mode():
         for prompt, interval in zip(prompts, intervals, strict=True):
             ids = torch.tensor([list(prompt.row["prompt_token_ids"])])
