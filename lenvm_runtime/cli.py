@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import entry_points
+from types import FrameType
 from typing import NoReturn
 
 from lenvm_runtime import default_model, serve
@@ -40,6 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (serve.StartError, default_model.ModelSourceError) as error:
         print(f"lenvm: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("lenvm: stopped", file=sys.stderr)
+        return 130
 
 
 def _build_parser(added: list[str]) -> argparse.ArgumentParser:
@@ -85,7 +91,22 @@ def _with_engine(parsed: argparse.Namespace) -> int:
     config = serve.ServeConfig("127.0.0.1", 8000, parsed.model or None, serve.NO_HEAD, tuple(parsed.engine_argument))
     with serve.running_engine(config) as (_, url):
         environment = {**os.environ, "LENVM_ENGINE_URL": url, "LENVM_MODEL": model}
-        return subprocess.run(parsed.command, env=environment, check=False).returncode
+        return _run_to_end(parsed.command, environment)
+
+
+def _run_to_end(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Run a command; its exit status. Signals go on to it and its end is awaited: it may need the engine until then."""
+    with subprocess.Popen(command, env=environment) as process:
+
+        def send_on(number: int, _frame: FrameType | None) -> None:
+            process.send_signal(number)
+
+        before = {number: signal.signal(number, send_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,3 +36,49 @@ def test_with_engine_starts_the_named_model_and_hands_on_its_address(
     environment = json.loads(out.read_text())
     assert environment["LENVM_ENGINE_URL"] == "http://127.0.0.1:1"
     assert environment["LENVM_MODEL"] == "org/model"
+
+
+LAUNCHER = """
+import sys
+from contextlib import contextmanager
+from lenvm_runtime import cli, serve
+
+@contextmanager
+def running_engine(config):
+    yield None, "http://127.0.0.1:1"
+    print("the engine stops", flush=True)
+
+serve.running_engine = running_engine
+sys.exit(cli.main(["with-engine", "--model", "org/model", "--", sys.executable, "-c", sys.argv[1]]))
+"""
+COMMAND = """
+import signal, sys, time
+def end(number, frame):
+    time.sleep(0.5)
+    print("the command ends by", signal.Signals(number).name, flush=True)
+    sys.exit(7)
+signal.signal({signal}, end)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_the_command_which_ends_before_the_engine(number: signal.Signals) -> None:
+    arguments = [sys.executable, "-c", LAUNCHER, COMMAND.format(signal=int(number))]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout
+        assert launcher.stdout.readline() == "ready\n"
+        launcher.send_signal(number)
+        output, errors = launcher.communicate(timeout=30)
+    assert output.splitlines() == [f"the command ends by {number.name}", "the engine stops"]
+    assert (launcher.returncode, errors) == (7, "")
+
+
+def test_an_interrupted_start_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def running_engine(_: serve.ServeConfig) -> Iterator[None]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serve, "running_engine", running_engine)
+    assert cli.main(["with-engine", "--model", "org/model", "--", "true"]) == 130
+    assert capsys.readouterr().err == "lenvm: stopped\n"

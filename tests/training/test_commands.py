@@ -3,76 +3,24 @@
 from __future__ import annotations
 
 import json
-import resource
+import sys
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import datasets
 import pytest
 import yaml
 
 from lenvm_runtime import cli
 from lenvm_training import commands, experiment_steps, features
 from lenvm_training.__main__ import main as steps_by_flags
-from lenvm_training.experiment_steps import ENGINE_URL
 from local_engine import local_engine
 from tiny import make_backbone, make_rows, write_rows
+from tiny_experiment import lines, write_config
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(ENGINE_URL, raising=False)
-    monkeypatch.delenv(experiment_steps.SERVED_MODEL, raising=False)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-
-
-def write_config(folder: Path, **changes: Any) -> str:
-    if not (folder / "backbone").exists():
-        make_backbone(folder / "backbone")
-    words = [{"q": f"w{4 + index % 50} w{10 + index // 50}"} for index in range(60)]
-    (folder / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in words))
-    content = {
-        "prompts": {
-            "out": "prompts.jsonl",
-            "eval_out": "eval_prompts.jsonl",
-            "eval_fraction": 0.3,
-            "sources": [{"path": "words.jsonl", "domain": "words", "columns": {"text": "q"}, "count": 40}],
-            "self_made": 10,
-        },
-        "rollouts": {
-            "out": "rollouts.jsonl",
-            "eval_out": "eval.jsonl",
-            "samples": 2,
-            "eval_samples": 4,
-            "concurrency": 8,
-        },
-        "model": {"backbone": "backbone", "served_model": "backbone", "kind": "full"},
-        "target": {"gamma": 0.9},
-        "data": {"rollouts": ["rollouts.jsonl"], "eval_rollouts": ["eval.jsonl"]},
-        "training": {
-            "output_dir": "run",
-            "max_steps": 10,
-            "per_device_train_batch_size": 8,
-            "learning_rate": 1e-2,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "save_steps": 5,
-        },
-        "evaluation": {"out": "run/evaluation"},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump({**content, **changes}))
-    return "config.yaml"
-
-
-def lines(path: str) -> list[Any]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def test_an_experiment_from_prompts_to_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,70 +109,6 @@ def test_the_references_yaml_is_converted_and_not_run(tmp_path: Path, capsys: py
 
 
 @pytest.mark.parametrize(
-    ("command", "arguments", "status", "message"),
-    [
-        ("train", ["nothing.yaml"], 2, "nothing.yaml: No such file"),
-        ("train", ["config.yaml", "data.rollouts=[gone.jsonl]"], 2, "gone.jsonl: cannot be read"),
-        ("train", ["config.yaml", "model.backbone=gone/model"], 2, "gone/model: neither a folder nor a model"),
-        ("train", ["config.yaml", "training.warmup=3"], 2, "training.warmup: not one of"),
-        ("evaluate", ["config.yaml", "evaluation.lenvm=backbone"], 2, "no lenvm_config.json, and no gamma is known"),
-        ("evaluate", ["config.yaml", "evaluation=null"], 2, "evaluation: missing"),
-        ("prompts", ["config.yaml", "prompts=null"], 2, "prompts: missing"),
-        ("rollouts", ["config.yaml", "rollouts.api=telnet"], 2, "rollouts.api: must be one of engine, openai"),
-        ("push", ["backbone", "me/x"], 2, "not a head or LenVM folder"),
-        ("downsample", ["rollouts.jsonl", "o.jsonl", "--samples", "0"], 2, "--samples: must be at least 1"),
-    ],
-)
-def test_bad_input_is_one_line_and_its_status(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, arguments: list[str], status: int, message: str
-) -> None:
-    write_config(tmp_path)
-    write_rows(tmp_path / "rollouts.jsonl", make_rows(4))
-    write_rows(tmp_path / "eval.jsonl", make_rows(4, 1))
-    capsys.readouterr()
-    assert getattr(commands, command)(arguments) == status
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"lenvm {command}: ")
-    assert message in error
-
-
-NEEDS = "--prompts prompts.jsonl --model backbone"
-
-
-@pytest.mark.parametrize(
-    ("command", "arguments", "message"),
-    [
-        ("rollouts", "config.yaml", "eval_prompts.jsonl: no such prompt file; lenvm prompts writes it"),
-        ("group", f"gone.jsonl out.jsonl {NEEDS}", "gone.jsonl: cannot be read"),
-        ("group", f"rollouts.jsonl out.jsonl {NEEDS}", "prompts.jsonl: No such file or directory"),
-        ("group", f"nameless.jsonl out.jsonl {NEEDS}", "nameless.jsonl:1: field 'domain' is missing"),
-        ("ungroup", "gone.jsonl out.jsonl --model backbone", "gone.jsonl: No such file or directory"),
-        ("ungroup", "backbone out.jsonl --model backbone", "backbone: Is a directory"),
-        ("report", "gone.jsonl --out report", "gone.jsonl: cannot be read"),
-        ("report", "nameless.jsonl --out report", "nameless.jsonl:1: field 'domain' is missing"),
-        ("downsample", "gone.jsonl out.jsonl --samples 1", "gone.jsonl: cannot be read"),
-    ],
-)
-def test_a_missing_input_is_one_line_and_no_engine_is_started(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    command: str,
-    arguments: str,
-    message: str,
-) -> None:
-    monkeypatch.setattr(experiment_steps.subprocess, "run", lambda _: pytest.fail("an engine is started"))
-    write_config(tmp_path)
-    rows = make_rows(4)
-    write_rows(tmp_path / "rollouts.jsonl", rows)
-    write_rows(tmp_path / "nameless.jsonl", [{k: v for k, v in row.items() if k != "domain"} for row in rows])
-    capsys.readouterr()
-    assert getattr(commands, command)(arguments.split()) == 2
-    (error,) = capsys.readouterr().err.splitlines()
-    assert error.startswith(f"lenvm {command}: {message}")
-
-
-@pytest.mark.parametrize(
     ("command", "override", "message"),
     [
         (
@@ -248,40 +132,11 @@ def test_what_would_stop_the_sampling_is_found_before_an_engine_is_started(
     with local_engine() as url:
         for step in (commands.prompts, commands.rollouts):
             assert step([config, f"rollouts.engine_url={url}"]) == 0
-    monkeypatch.setattr(experiment_steps.subprocess, "run", lambda _: pytest.fail("an engine is started"))
+    monkeypatch.setattr(experiment_steps.os, "execv", lambda *_: pytest.fail("an engine is started"))
     capsys.readouterr()
     assert getattr(commands, command)([config, override]) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith(f"lenvm {command}: {message}")
-
-
-def test_an_engine_that_is_down_says_so_and_can_be_tried_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from lenvm_training import endpoints
-
-    async def at_once(_: float) -> None:
-        pass
-
-    monkeypatch.setattr(endpoints.asyncio, "sleep", at_once)
-    config = write_config(tmp_path)
-    for name in ("prompts.jsonl", "eval_prompts.jsonl"):
-        write_rows(tmp_path / name, [{"id": "a", "domain": "d", "messages": [{"role": "user", "content": "w5"}]}])
-    assert commands.rollouts([config, "rollouts.engine_url=http://127.0.0.1:9"]) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "the engine at http://127.0.0.1:9 does not answer" in error
-    assert error.endswith("(run the same command again to go on)")
-
-
-@contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """No file can grow beyond ``size`` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(
@@ -302,20 +157,6 @@ def test_training_says_when_its_result_cannot_be_served(
     error = capsys.readouterr().err
     assert said in error
     assert said or "comparison only" not in error
-
-
-@pytest.mark.parametrize("size", [20_000, 90_000])
-def test_a_full_disk_stops_training_and_it_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int
-) -> None:
-    config = write_config(tmp_path)
-    write_rows(tmp_path / "rollouts.jsonl", make_rows(12))
-    write_rows(tmp_path / "eval.jsonl", make_rows(4, 1))
-    with full_disk(size):
-        assert commands.train([config]) == 1
-    assert "the disk is full; make room and run the same command again" in capsys.readouterr().err
-    assert commands.train([config]) == 0
-    assert Path("run/lenvm/value_head.safetensors").exists()
 
 
 def test_a_sweep_trains_and_evaluates_every_variant(tmp_path: Path) -> None:
@@ -369,29 +210,29 @@ def test_a_sweep_of_heads_computes_each_state_once(tmp_path: Path, monkeypatch: 
         assert "of 32 completions of 8 prompts" in card.partition("Held out")[2], "all are judged by the same prompts"
 
 
-@pytest.mark.parametrize("status", [0, 1, 2])
-def test_the_engine_is_started_by_the_runtimes_own_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int
-) -> None:
+def test_the_engine_is_started_by_the_runtimes_own_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = write_config(tmp_path)
     for name in ("prompts.jsonl", "eval_prompts.jsonl"):
         write_rows(tmp_path / name, [{"id": "a", "domain": "d", "messages": []}])
     calls: list[list[str]] = []
 
-    class Ended:
-        returncode = status
+    class Replaced(BaseException):
+        pass
 
-    def run(command: list[str]) -> Ended:
-        calls.append(command)
-        return Ended()
+    def execv(path: str, call: list[str]) -> NoReturn:
+        assert path == sys.executable
+        calls.append(call)
+        raise Replaced
 
-    monkeypatch.setattr(experiment_steps.subprocess, "run", run)
-    assert commands.rollouts([config, "rollouts.engine_arguments=[--dtype=bfloat16]"]) == status
-    (call,) = calls
-    assert call[1:] == [
-        *("-m", "lenvm_runtime.cli", "with-engine", "--model", "backbone", "--engine-argument=--dtype=bfloat16", "--"),
-        call[0],
-        *("-m", "lenvm_runtime.cli", "rollouts", config, "rollouts.engine_arguments=[--dtype=bfloat16]"),
+    monkeypatch.setattr(experiment_steps.os, "execv", execv)
+    for command in ("rollouts", "prompts"):
+        with pytest.raises(Replaced):
+            getattr(commands, command)([config, "rollouts.engine_arguments=[--dtype=bfloat16]"])
+    with_engine = ["with-engine", "--model", "backbone", "--engine-argument=--dtype=bfloat16", "--"]
+    lenvm = [sys.executable, "-m", "lenvm_runtime.cli"]
+    assert calls == [
+        [*lenvm, *with_engine, *lenvm, command, config, "rollouts.engine_arguments=[--dtype=bfloat16]"]
+        for command in ("rollouts", "prompts")
     ]
 
 

@@ -131,7 +131,10 @@ def test_images_are_kept_as_files_once(tmp_path: Path) -> None:
     [
         ('{"a": "x"}\n', ColumnMap(text="q"), "no column 'q'; there are a"),
         ('{"a": "x"\n', ColumnMap(text="a"), "cannot be loaded"),
-        ('{"a": [{"role": "robot", "content": "x"}]}\n', ColumnMap(conversation="a"), "no known role"),
+        ('{"a": [{"role": "robot", "content": "x"}]}\n', ColumnMap(conversation="a"), "row 0: a turn .* no known role"),
+        ('{"a": ["x"]}\n', ColumnMap(conversation="a"), "row 0: a turn .* no known role"),
+        ('{"a": "x"}\n', ColumnMap(conversation="a"), "row 0: no conversation .a list of turns.: x"),
+        ('{"a": [{"role": "user"}]}\n', ColumnMap(text="a"), "row 0: no text: .*role"),
         ('{"a": "x", "i": "not an image"}\n', ColumnMap(text="a", image="i"), "row 0: not a usable image"),
     ],
 )
@@ -142,6 +145,12 @@ def test_a_bad_data_set_is_one_clear_line(tmp_path: Path, content: str, columns:
         load_prompts(source, tmp_path, 0)
     assert "\n" not in str(raised.value)
     assert "bad.jsonl" in str(raised.value)
+
+
+def test_rows_without_a_conversation_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "some.jsonl").write_text('{"a": null}\n{"a": [{"role": "user", "content": "x"}]}\n')
+    source = PromptSource(5, path=str(tmp_path / "some.jsonl"), domain="x", columns=ColumnMap(conversation="a"))
+    assert [prompt.text for prompt in load_prompts(source, tmp_path, 0)] == ["x"]
 
 
 @pytest.mark.parametrize(

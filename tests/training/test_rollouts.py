@@ -26,6 +26,7 @@ from lenvm_training.rollouts import (
     sample_rollouts,
 )
 from local_engine import asyncio_engine
+from tiny_experiment import full_disk
 
 PROMPTS = [Prompt(f"p{index}", "math", [{"role": "user", "content": str(index)}]) for index in range(5)]
 AT_ONCE = Retry(attempts=3, first_delay_s=0.0)
@@ -290,17 +291,6 @@ def test_a_file_belongs_to_one_tokenizer(tmp_path: Path) -> None:
     sample(path, engine([]))
     with pytest.raises(ValueError, match="another tokenizer"):
         sample(path, engine([]), tokenizer=Tokenizer(9))
-
-
-@contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """Files cannot grow beyond ``size`` bytes, as on a full disk: a short write, then an error."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_leaves_a_file_that_goes_on(tmp_path: Path) -> None:

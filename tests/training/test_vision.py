@@ -1,4 +1,4 @@
-"""A vision-language LenVM (Qwen2.5-VL architecture, random weights) trained on real image files by the same trainer."""
+"""A vision-language LenVM (Qwen2.5-VL architecture, random weights): real image files through the same commands."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from transformers import (
     Qwen2_5_VLConfig,
@@ -18,16 +19,23 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from lenvm_training import commands
 from lenvm_training.lenvm_trainer import LenVMRun, train_lenvm
 from lenvm_training.model import LoraSettings, ModelSettings, build_lenvm, load_lenvm
 from lenvm_training.prompts import Prompt
 from lenvm_training.rollout_data import DataSettings, RolloutCollator, RolloutDataset, RolloutFileError
 from lenvm_training.rollouts import ImageChatEncoder
 from lenvm_training.targets import TargetConfig
+from local_engine import local_engine
 from tiny import VOCAB_SIZE, make_rows, make_tokenizer, write_rows
 
 IMAGE, START, END = VOCAB_SIZE, VOCAB_SIZE + 1, VOCAB_SIZE + 2
 PIXELS = {"min_pixels": 28 * 28, "max_pixels": 28 * 28 * 16}
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<user> {% if m.content is string %} {{ m.content }}{% else %}{% for part in m.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %} {{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %} <end> {% endfor %}<bot>"
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +67,23 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         video_token_id=VOCAB_SIZE + 3,
     )
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
-    Qwen2VLImageProcessor(**PIXELS).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    make_processor().save_pretrained(folder)
     return folder
 
 
-def make_image(folder: Path, bright: bool, size: tuple[int, int]) -> str:
+def make_processor() -> Qwen2_5_VLProcessor:
+    tokenizer = make_tokenizer()
+    names = ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    return Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(**PIXELS), tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE
+    )
+
+
+def make_image(folder: Path, bright: bool, size: tuple[int, int], seed: int = 0) -> str:
     """A dark or a bright noisy picture."""
-    noise = np.random.default_rng(size).integers(0, 40, (*size[::-1], 3))
-    path = folder / f"{bright}-{size}.png"
+    noise = np.random.default_rng((*size, seed)).integers(0, 40, (*size[::-1], 3))
+    path = folder / f"{bright}-{size}-{seed}.png"
     Image.fromarray((noise + (200 if bright else 0)).astype(np.uint8)).save(path)
     return str(path)
 
@@ -141,20 +157,8 @@ def test_training_learns_what_only_the_pictures_tell(backbone: Path, tmp_path: P
     assert torch.equal(loaded[labels != -100], again[labels != -100])
 
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<user> {% for part in m.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %} {{ part.text }}{% endif %}"
-    "{% endfor %} <end> {% endfor %}<bot>"
-)
-
-
 def test_a_prompt_with_an_image_is_encoded_as_training_reads_it(backbone: Path, tmp_path: Path) -> None:
-    tokenizer = make_tokenizer()
-    names = ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": names})
-    processor = Qwen2_5_VLProcessor(
-        Qwen2VLImageProcessor(**PIXELS), tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT_TEMPLATE
-    )
+    processor = make_processor()
     image = make_image(tmp_path, True, (84, 56))
     content = [{"type": "image"}, {"type": "text", "text": "w7"}]
     prompt = Prompt("seen", "images", [{"role": "user", "content": content}], [image])
@@ -181,3 +185,70 @@ def test_images_that_do_not_fit_their_tokens_are_named(backbone: Path, tmp_path:
     broken = RolloutDataset([row | {"images": [str(tmp_path / "gone.png")]}])
     with pytest.raises(RolloutFileError, match=r"gone\.png: cannot be read as an image"):
         collator(backbone)([broken[0]])
+
+
+def write_experiment(backbone: Path, folder: Path, kind: str) -> str:
+    """A data set of questions, most with a picture, and a configuration that goes from it to an evaluation."""
+    rows = []
+    for index in range(36):
+        size = (56, 84) if index % 3 else (56, 56)
+        picture = make_image(folder, bool(index % 2), size, index)
+        rows.append({"q": f"w{4 + index}", "image": picture if index % 6 else None})
+    write_rows(folder / "questions.jsonl", rows)
+    columns = {"text": "q", "image": "image"}
+    source = {"path": "questions.jsonl", "domain": "images", "columns": columns, "count": 36}
+    rollouts = {"out": "rollouts.jsonl", "eval_out": "eval.jsonl", "samples": 2, "eval_samples": 3, "api": "openai"}
+    lora = {"r": 8, "target_modules": r".*language_model.*\.(q_proj|v_proj|gate_proj|down_proj)"}
+    training = {"output_dir": "run", "max_steps": 20, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
+    content = {
+        "prompts": {
+            "out": "prompts.jsonl",
+            "eval_out": "eval_prompts.jsonl",
+            "eval_fraction": 0.3,
+            "sources": [source],
+        },
+        "rollouts": rollouts | {"concurrency": 8},
+        "model": {"backbone": str(backbone), "served_model": str(backbone), "kind": kind, "lora": lora},
+        "target": {"gamma": 0.9},
+        "data": {"rollouts": ["rollouts.jsonl"], "eval_rollouts": ["eval.jsonl"]},
+        "training": training | {"report_to": "none", "disable_tqdm": True, "save_steps": 20},
+        "evaluation": {"out": "run/evaluation", "min_samples": 3},
+    }
+    content["prompts"]["image_folder"] = "images"
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    return "config.yaml"
+
+
+@pytest.mark.usefixtures("empty_folder")
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_an_experiment_with_pictures_from_prompts_to_figures(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    config = write_experiment(backbone, tmp_path, kind)
+    with local_engine() as url:
+        assert commands.prompts([config]) == 0
+        assert commands.rollouts([config, f"rollouts.engine_url={url}"]) == 0
+    assert commands.train([config]) == 0
+    assert commands.evaluate([config]) == 0
+    rows = [json.loads(line) for line in Path("eval.jsonl").read_text().splitlines()]
+    pictured = [row for row in rows if row.get("images")]
+    assert 0 < len(pictured) < len(rows)
+    assert all(IMAGE in row["prompt_token_ids"] for row in pictured)
+    figures = json.loads(Path("run/evaluation/evaluation.json").read_text())
+    assert figures["num_prompts"] == len(rows) // 3
+    boundary = figures["boundary"]
+    assert set(boundary) == {"lenvm", "constant", "prompt_length", "ridge_probe"}
+    assert boundary["lenvm"]["tau"] > 0.4, "only the pictures tell"
+    assert boundary["lenvm"]["mse"] < boundary["prompt_length"]["mse"]
+    assert figures["served"]["all"]["mean_width"] > 0
+    assert set(figures["coverage"]) == {"all", "images"}
+    assert figures["states"]["mse"] < figures["states"]["mse_constant"]
+    assert Path("run/evaluation/calibration.png").stat().st_size > 1000
+    assert "| images, lenvm |" in Path("run/lenvm/README.md").read_text()
+    if kind == "full":
+        further = ["model.backbone=run/lenvm", "training.output_dir=further", "training.max_steps=1"]
+        assert commands.train([config, *further]) == 0, "the result is a backbone with all that it needs"
+    Path(pictured[0]["images"][0]).unlink()
+    capsys.readouterr()
+    assert commands.evaluate([config]) == 2
+    assert ".png: cannot be read as an image" in capsys.readouterr().err.splitlines()[-1]

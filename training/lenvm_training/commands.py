@@ -7,7 +7,7 @@ disk): one line and exit status 1; the same command started again goes on from w
 from __future__ import annotations
 
 import argparse
-import errno
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,12 +23,12 @@ from lenvm_training import experiment_steps, rollout_files  # noqa: E402
 from lenvm_training.config import Experiment, load_experiment, load_yaml  # noqa: E402
 from lenvm_training.endpoints import EngineError  # noqa: E402
 from lenvm_training.hub import HubError, pull_folder, push_folder  # noqa: E402
+from lenvm_training.prompt_sources import FULL_DISK  # noqa: E402
 from lenvm_training.rollouts import RolloutWriteError  # noqa: E402
 
 Command = Callable[[argparse.Namespace], None]
 STATUS_BAD_INPUT, STATUS_TRY_AGAIN, STATUS_INTERRUPTED = 2, 1, 130
 UNUSABLE_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_MARKS = ("No space left", "File too large", "PytorchStreamWriter", "inline_container", "iostream error")
 
 
@@ -177,6 +177,7 @@ def _guard(parser: _Parser, command: Command, arguments: Sequence[str]) -> int:
             raise
         return _fail(parser, "the disk is full; make room and run the same command again", STATUS_TRY_AGAIN)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the same one may come twice: from the terminal and with-engine
         return _fail(parser, "stopped; run the same command again to go on", STATUS_INTERRUPTED)
     return 0
 
@@ -184,7 +185,7 @@ def _guard(parser: _Parser, command: Command, arguments: Sequence[str]) -> int:
 def _is_full_disk(error: Exception) -> bool:
     """Also as safetensors and torch.save report it, who raise errors of their own."""
     if isinstance(error, OSError):
-        return error.errno in FULL
+        return error.errno in FULL_DISK
     text = str(error)
     return any(mark in text for mark in FULL_MARKS)
 

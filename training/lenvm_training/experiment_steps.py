@@ -5,20 +5,28 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from lenvm_kernels.checkpoint import load_head
 from lenvm_kernels.checkpoint_files import CANDIDATE_FILE
 from lenvm_training.config import ConfigError, Experiment, PromptSettings, RolloutSettings
-from lenvm_training.endpoints import EngineError, Retry, Sampling
-from lenvm_training.model import LenVMConfig, default_device, load_language_model, load_lenvm, resolve_folder
+from lenvm_training.endpoints import Retry, Sampling
+from lenvm_training.model import (
+    LenVMConfig,
+    default_device,
+    load_language_model,
+    load_lenvm,
+    load_tokenizer,
+    read_vocab_size,
+    resolve_folder,
+)
 from lenvm_training.prompt_sources import load_prompts, split_prompts
 from lenvm_training.prompts import Prompt, read_prompts, template_prompts
-from lenvm_training.rollout_data import DataSettings, load_rollouts, select_rollouts
+from lenvm_training.rollout_data import DataSettings, check_tokenizer, load_rollouts, select_rollouts
 from lenvm_training.rollout_files import as_lists, print_figures, say, write_lines
 from lenvm_training.rollout_report import write_length_report
 from lenvm_training.rollouts import (
@@ -36,7 +44,6 @@ from lenvm_training.targets import DiscountedReturn
 
 TEMPLATE_DOMAINS = ("short_long", "requested")
 ENGINE_URL, SERVED_MODEL = "LENVM_ENGINE_URL", "LENVM_MODEL"
-STATUS_BAD_INPUT = 2
 
 
 def write_prompts(experiment: Experiment, command: Sequence[str]) -> None:
@@ -48,7 +55,7 @@ def write_prompts(experiment: Experiment, command: Sequence[str]) -> None:
     if settings.self_made:
         _check_before_sampling(experiment, _turn_sampling(experiment), _turns_file(settings))
         if not _engine_url(experiment):
-            return _run_with_engine(experiment, command)
+            _run_with_engine(experiment, command)
         prompts += _self_made(experiment, settings)
     for source in settings.sources:
         found = load_prompts(source, Path(settings.image_folder), settings.seed)
@@ -60,7 +67,6 @@ def write_prompts(experiment: Experiment, command: Sequence[str]) -> None:
     for path, part in ((settings.out, train), (settings.eval_out, held_out)):
         write_lines(Path(path), (prompt.to_json() for prompt in part))
         say(f"{path}: {len(part)} prompts")
-    return None
 
 
 def _turns_file(settings: PromptSettings) -> Path:
@@ -68,9 +74,7 @@ def _turns_file(settings: PromptSettings) -> Path:
 
 
 def _self_made(experiment: Experiment, settings: PromptSettings) -> list[Prompt]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(_served_folder(experiment))
+    tokenizer = load_tokenizer(_served_folder(experiment))
     path, count = _turns_file(settings), settings.self_made
     asyncio.run(_sample(experiment, [TURN], EmptyTurnEncoder(tokenizer), path, count, _turn_sampling(experiment)))
     prompts = prompts_from_turns(read_rollouts(path), tokenizer)
@@ -94,14 +98,13 @@ def write_rollouts(experiment: Experiment, command: Sequence[str]) -> None:
     )
     _check_before_sampling(experiment, settings.sampling, Path(settings.out), Path(settings.eval_out))
     if not _engine_url(experiment):
-        return _run_with_engine(experiment, command)
+        _run_with_engine(experiment, command)
     for prompts, out, samples in parts:
         encoder = CachedEncoder(_encoder(experiment, prompts))
         kept = [prompt for prompt in prompts if len(encoder.encode(prompt)) <= settings.max_prompt_tokens]
         added = asyncio.run(_sample(experiment, kept, encoder, Path(out), samples, settings.sampling))
         say(f"{out}: {added} completions added; {len(prompts) - len(kept)} prompts were too long")
         write_length_report(load_rollouts([out]), Path(out).with_suffix(""))
-    return None
 
 
 def _read_prompts(path: str) -> list[Prompt]:
@@ -118,12 +121,12 @@ def _check_before_sampling(experiment: Experiment, sampling: Sampling, *paths: P
 
 
 def _encoder(experiment: Experiment, prompts: Sequence[Prompt]) -> PromptEncoder:
-    from transformers import AutoProcessor, AutoTokenizer
+    from transformers import AutoProcessor
 
     folder = _served_folder(experiment)
     if any(prompt.images for prompt in prompts):
         return ImageChatEncoder(AutoProcessor.from_pretrained(folder))
-    return ChatEncoder(AutoTokenizer.from_pretrained(folder))
+    return ChatEncoder(load_tokenizer(folder))
 
 
 async def _sample(
@@ -169,16 +172,13 @@ def _served_folder(experiment: Experiment) -> Path:
     return resolve_folder(os.environ.get(SERVED_MODEL) or experiment.model.served_model)
 
 
-def _run_with_engine(experiment: Experiment, command: Sequence[str]) -> None:
-    """Run ``command`` again as a child of ``lenvm with-engine``, which starts and stops the engine."""
+def _run_with_engine(experiment: Experiment, command: Sequence[str]) -> NoReturn:
+    """This process becomes ``lenvm with-engine``: it runs ``command`` while its engine is up, and ends as that does."""
     lenvm = [sys.executable, "-m", "lenvm_runtime.cli"]
     flags = [f"--engine-argument={argument}" for argument in _rollout_settings(experiment).engine_arguments]
     model = str(Path(experiment.model.served_model).expanduser())
-    status = subprocess.run([*lenvm, "with-engine", "--model", model, *flags, "--", *lenvm, *command]).returncode
-    if status == STATUS_BAD_INPUT:
-        raise ConfigError("with-engine could not use its input (see above)")
-    if status:
-        raise EngineError(f"with-engine ended with status {status}")
+    sys.stdout.flush()
+    os.execv(sys.executable, [*lenvm, "with-engine", "--model", model, *flags, "--", *lenvm, *command])
 
 
 def train(experiment: Experiment, _: Sequence[str]) -> None:
@@ -198,6 +198,7 @@ def train(experiment: Experiment, _: Sequence[str]) -> None:
     rows = select_rollouts(load_rollouts(data.rollouts), data)
     held_out = select_rollouts(load_rollouts(data.eval_rollouts), DataSettings((), max_tokens=data.max_tokens))
     folder, name = resolve_folder(model.backbone), model.base_name or model.backbone
+    check_tokenizer([*rows, *held_out], load_tokenizer(folder), read_vocab_size(folder))
     print_figures(train_heads(experiment.heads, folder, name, target.gamma, as_lists(rows), as_lists(held_out)))
 
 
@@ -215,8 +216,11 @@ def evaluate(experiment: Experiment, _: Sequence[str]) -> None:
     fit = select_rollouts(
         load_rollouts(experiment.data.rollouts), replace(experiment.data, max_prompts=settings.max_fit_prompts)
     )
+    if not settings.lenvm and not Path(trained).is_dir():
+        raise ConfigError(f"{trained}: no such folder; lenvm train writes it")
     source = resolve_folder(settings.lenvm or trained)
     backbone = resolve_folder(experiment.model.backbone)
+    check_tokenizer([*rows, *fit], load_tokenizer(backbone), read_vocab_size(backbone))
     device = default_device()
     model = load_lenvm(source, base_model=str(backbone)).to(device)
     probe_folder = resolve_folder(settings.probe_model) if settings.probe_model else backbone

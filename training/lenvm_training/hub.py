@@ -2,52 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from lenvm_kernels.checkpoint_files import BACKBONE_CONFIG_FILE, CONFIG_FILE, VALUE_FILE
 
 LEFT_OUT = ("checkpoint-*", "runs/*", "*.partial", ".cache/*")
 CONFIG_FILES = (BACKBONE_CONFIG_FILE, CONFIG_FILE)
+PASSING_STATUS = frozenset({408, 409, 423, 425, 429})
+"""Refusals that another try can cure, as those of 500 and above."""
+FOR_MORE = "For more information check: "
+"""How httpx begins a line on what a status means."""
 
 
 class HubError(RuntimeError):
-    """The hub refused or did not answer; the message is one line."""
+    """The hub did not answer, or an upload or download broke off; the message is one line."""
+
+
+class HubRefusalError(ValueError):
+    """The hub refused what another try would ask for again (no such repository, no right to it)."""
 
 
 def push_folder(folder: Path, repository: str, private: bool) -> str:
     """Upload a head or LenVM folder as a model repository, made if it is not there; returns the commit's address.
 
-    Raises ValueError when the folder holds none, HubError.
+    What an earlier push that broke off has uploaded is not sent again. Raises ValueError when the folder holds none
+    or the name is unusable, HubRefusalError, HubError.
     """
     _check_folder(folder)
-    try:
+    with _hub_errors(repository):
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repository, folder_path=folder, ignore_patterns=list(LEFT_OUT), commit_message="LenVM"
-        )
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx.HTTPError) as error:
-        raise HubError(f"{repository}: {_first_line(error)}") from None
+        try:
+            commit = api.upload_folder(
+                repo_id=repository, folder_path=folder, ignore_patterns=list(LEFT_OUT), commit_message="LenVM"
+            )
+        except RuntimeError as error:  # the library's own for any failure of an upload by LFS
+            raise HubError(f"{repository}: {_text(error)}") from None
     return str(commit.commit_url)
 
 
 def pull_folder(repository: str, folder: Path, revision: str | None) -> None:
-    """Download a repository into ``folder``. Raises ValueError when it holds no LenVM, HubError."""
-    try:
-        snapshot_download(repository, revision=revision, local_dir=folder)
-    except (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        httpx.HTTPError,
-    ) as error:
-        raise HubError(f"{repository}: {_first_line(error)}") from None
+    """Download a repository into ``folder``: files that are there as the hub has them are not fetched again.
+
+    Raises ValueError when it holds no LenVM, HubRefusalError, HubError.
+    """
+    with _hub_errors(repository):
+        api = HfApi()
+        commit = api.model_info(repository, revision=revision).sha  # without it, an old folder would do for a hub down
+        snapshot_download(repository, revision=commit, local_dir=folder)
+        found = api.verify_repo_checksums(repository, revision=commit, local_dir=folder)
+    damaged = [mismatch["path"] for mismatch in found.mismatches]
+    for path in damaged:
+        (folder / path).unlink()
+    if damaged:
+        raise HubError(f"{repository}: {', '.join(damaged)}: not what the hub has, removed")
     _check_folder(folder)
+
+
+@contextmanager
+def _hub_errors(repository: str) -> Iterator[None]:
+    """What the library raises as one line that names the repository."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        kind = HubError if status >= 500 or status in PASSING_STATUS else HubRefusalError
+        raise kind(f"{repository}: {_text(error)}") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.HTTPError) as error:
+        raise HubError(f"{repository}: {_text(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"{repository}: {_text(error)}") from None
 
 
 def _check_folder(folder: Path) -> None:
@@ -57,5 +87,8 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(f"{folder}: neither {' nor '.join(CONFIG_FILES)}")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
+def _text(error: BaseException) -> str:
+    """The first two lines that say something (the first of many hub errors is a status), and what caused it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(FOR_MORE)]
+    text = " ".join(lines[:2]) or repr(error)
+    return f"{text} ({_text(error.__cause__)})" if isinstance(error, RuntimeError) and error.__cause__ else text

@@ -20,7 +20,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
+from transformers import AutoImageProcessor, HfArgumentParser, Trainer, TrainingArguments
 
 from lenvm_training import plots
 from lenvm_training.metrics import FIGURES, state_metrics
@@ -29,6 +29,7 @@ from lenvm_training.model import (
     ModelSettings,
     build_lenvm,
     load_language_model,
+    load_tokenizer,
     resolve_folder,
     restore_lenvm,
     save_lenvm,
@@ -97,7 +98,7 @@ def train_lenvm(run: LenVMRun) -> dict[str, float]:
     lengths = [len(row["output_token_ids"]) for row in train.rows]
     model = build_lenvm(run.model, run.target, mean_target(lengths, run.target.build_space()))
     folder = resolve_folder(run.model.backbone)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     for dataset in (train, held_out):
         if dataset is not None:
             check_tokenizer(dataset.rows, tokenizer, model.config.get_text_config().vocab_size)
@@ -142,7 +143,7 @@ def training_arguments(
 
 def build_collator(model: LenVM, backbone: Path) -> RolloutCollator:
     """Batches for ``model``, with the image processor of its backbone's folder if it takes images."""
-    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    tokenizer = load_tokenizer(backbone)
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if not model.takes_images:
         return RolloutCollator(pad_token_id)
@@ -172,13 +173,17 @@ def _load_datasets(settings: DataSettings) -> tuple[RolloutDataset, RolloutDatas
 
 
 def claim_output(output: Path, settings: str) -> None:
-    """Keep the settings (JSON) beside the checkpoints. Raises ValueError when they are those of another run."""
+    """Keep the settings (JSON) beside the checkpoints. Raises ValueError when they are those of another run.
+
+    A run that left no checkpoint and no result (its data could not be used, say) claims nothing.
+    """
     path = output / SETTINGS_FILE
-    if path.exists() and path.read_text() != settings:
+    if path.exists() and path.read_text() == settings:
+        return
+    if path.exists() and (any(output.glob("checkpoint-*")) or (output / RESULT_FOLDER).exists()):
         raise ValueError(f"training.output_dir: {output} holds a run of other settings (see {SETTINGS_FILE} there)")
-    if not path.exists():
-        output.mkdir(parents=True, exist_ok=True)
-        path.write_text(settings)
+    output.mkdir(parents=True, exist_ok=True)
+    path.write_text(settings)
 
 
 def _own_figures(metrics: dict[str, float]) -> dict[str, float]:
@@ -190,11 +195,13 @@ def _own_figures(metrics: dict[str, float]) -> dict[str, float]:
 def _complete_result(
     trainer: LenVMTrainer, model: LenVM, tokenizer: Any, run: LenVMRun, figures: dict[str, float]
 ) -> None:
-    """Weights in their final precision, tokenizer, figures, plots and card beside the value head."""
+    """Weights in their final precision, tokenizer (and image processor), figures, plots, card beside the value head."""
     folder = Path(trainer.args.output_dir) / RESULT_FOLDER
     if run.model.save_dtype != run.model.dtype:
         _convert_weights(folder, run.model.kind, getattr(torch, run.model.save_dtype))
     tokenizer.save_pretrained(folder)
+    if model.takes_images:
+        AutoImageProcessor.from_pretrained(resolve_folder(run.model.backbone)).save_pretrained(folder)
     (folder / FIGURES_FILE).write_text(json.dumps(figures, indent=2) + "\n")
     plots.plot_loss(folder / "loss.png", trainer.state.log_history)
     if figures:

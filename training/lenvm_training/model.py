@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import ModelOutput
 
@@ -285,12 +286,29 @@ def load_language_model(folder: Path, dtype: torch.dtype, attn_implementation: s
         model, info = loader.from_pretrained(
             folder, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}") from None
     missing = sorted(set(info["missing_keys"]) - {"lm_head.weight"})
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
     return model
+
+
+def read_vocab_size(folder: Path) -> int:
+    """Rows of the embeddings of a model's folder. Raises CheckpointError."""
+    try:
+        size: int = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}") from None
+    return size
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model's folder. Raises CheckpointError."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: no usable tokenizer ({str(error).splitlines()[0]})") from None
 
 
 def default_device() -> torch.device:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import hashlib
 import io
 import random
@@ -21,6 +22,7 @@ from lenvm_training.prompts import Prompt, PromptFileError
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 ROLES = {"human": "user", "user": "user", "system": "system", "gpt": "assistant", "assistant": "assistant"}
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 IMAGE_MARKER = "<image>"
 
 
@@ -145,6 +147,9 @@ def load_rows(path: str, split: str, subset: str | None) -> Any:
             return datasets.load_dataset(file_format, data_files=path, split="train")
         return datasets.load_dataset(path, subset, split=split)
     except Exception as error:  # the library raises errors of many kinds: its loaders', the hub's, Arrow's
+        for full in (error, error.__cause__):
+            if isinstance(full, OSError) and full.errno in FULL_DISK:
+                raise full from None
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise PromptFileError(f"{path}: cannot be loaded ({reason})") from error
 
@@ -178,25 +183,33 @@ def _to_prompt(row: dict[str, Any], index: int, source: PromptSource, image_fold
     assert columns is not None
     if any(row[column] != value for column, value in columns.where.items()):
         return None
+    name = f"{source.path}: row {index}"
     if columns.text:
-        messages = [{"role": "user", "content": str(row[columns.text] or "")}]
+        messages = [{"role": "user", "content": _text(row[columns.text], name)}]
     else:
-        messages = _before_first_answer(row[columns.conversation], source.path)
+        messages = _before_first_answer(row[columns.conversation], name)
     if not any(message["content"].strip() for message in messages):
         return None
-    name = f"{source.path}: row {index}"
     if not columns.image or row[columns.image] is None:
         return Prompt(name, source.domain, messages)
     image = save_image(row[columns.image], image_folder, name)
     return Prompt(name, source.domain, _with_image(messages), [image])
 
 
-def _before_first_answer(turns: Any, path: str) -> list[dict[str, Any]]:
+def _text(value: Any, where: str) -> str:
+    if isinstance(value, (list, dict)):
+        raise PromptFileError(f"{where}: no text: {str(value)[:80]}")
+    return str(value or "")
+
+
+def _before_first_answer(turns: Any, where: str) -> list[dict[str, Any]]:
+    if not isinstance(turns, list) and turns is not None:
+        raise PromptFileError(f"{where}: no conversation (a list of turns): {str(turns)[:80]}")
     messages = []
-    for turn in turns:
-        role = ROLES.get(turn.get("role") or turn.get("from"))
+    for turn in turns or []:
+        role = ROLES.get(str(turn.get("role") or turn.get("from"))) if isinstance(turn, dict) else None
         if role is None:
-            raise PromptFileError(f"{path}: a turn of a conversation has no known role: {str(turn)[:80]}")
+            raise PromptFileError(f"{where}: a turn of a conversation has no known role: {str(turn)[:80]}")
         if role == "assistant":
             break
         messages.append({"role": role, "content": str(turn.get("content") or turn.get("value") or "")})

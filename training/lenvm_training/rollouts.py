@@ -34,6 +34,7 @@ CONNECT_TIMEOUT_S = 60.0
 POOL_CONNECTIONS = 64
 """Connections a client: the time httpx spends in choosing one grows with more than the square of their number."""
 SPARE_FILES = 256
+IDENTIFYING_FIELDS = ("prompt_id", "sample", "finish_reason")
 
 
 class RolloutWriteError(RuntimeError):
@@ -220,9 +221,15 @@ def read_rollouts(path: Path) -> Iterable[dict[str, Any]]:
             if not line.endswith("\n"):
                 return
             try:
-                yield json.loads(line)
+                row = json.loads(line)
             except json.JSONDecodeError:
-                raise ValueError(f"{path}:{number}: not a JSON object") from None
+                row = None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number}: not a JSON object")
+            for name in IDENTIFYING_FIELDS:
+                if name not in row:
+                    raise ValueError(f"{path}:{number}: no field {name!r}: not a file of rollouts")
+            yield row
 
 
 def check_sampling(path: Path, sampling: Sampling) -> None:
