@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lenvm_kernels.checkpoint import Head
+from lenvm_kernels.checkpoint import Head, load_head, save_head
 from lenvm_kernels.heads import CandidateHead, HeadConfig, ValueHead
 from lenvm_kernels.length_value import value_from_length
 from lenvm_training import head_trainer
 from lenvm_training.features import StateTable
-from lenvm_training.head_losses import CandidateLoss, ValueLoss, length_nll, value_loss
+from lenvm_training.head_losses import CandidateLoss, ValueLoss, imputed_returns, length_nll, value_loss
 from lenvm_training.head_settings import HeadsSettings
 from lenvm_training.head_trainer import StateRows, train_head
 
@@ -108,8 +108,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights_bit_by_bit(
     steps = count_steps(monkeypatch)
     resumed = train(settings)
     left = {"value": ALL_STEPS["value"], "candidate": ALL_STEPS["candidate"]} | {killed: 2 * STEPS_AN_EPOCH}
-    if killed == "candidate":
-        left["value"] = 0
+    if killed == "value":
+        left["candidate"] = 0
     assert steps == left
     assert same(whole, resumed)
     assert not torch.equal(whole.value_head.fc.weight, ValueHead(8).fc.weight)
@@ -127,6 +127,7 @@ def test_a_complete_run_is_used_again_wherever_its_folder_lies(tmp_path: Path, m
     ("changes", "data", "trained"),
     [
         ({"censored": "bound"}, TRAIN, {"value"}),
+        ({"censored": "impute"}, TRAIN, {"value"}),
         ({"dropout": 0.2}, TRAIN, {"value", "candidate"}),
         ({"training": {"weight_decay": 0.1}}, TRAIN, {"value", "candidate"}),
         ({}, replace(TRAIN, censored=~TRAIN.censored), {"value", "candidate"}),
@@ -145,17 +146,27 @@ def test_a_run_of_other_settings_or_states_is_never_resumed(
     assert same(shared, train(settings_in(tmp_path / "own", **changes), data))
 
 
+def test_training_starts_from_a_head_of_the_same_form(tmp_path: Path) -> None:
+    first = train(settings_in(tmp_path / "work"))
+    save_head(first, tmp_path / "head")
+    still = settings_in(tmp_path / "work", start=str(tmp_path / "head"), training={"learning_rate": 0.0})
+    assert same(train(still), load_head(tmp_path / "head"))
+    with pytest.raises(ValueError, match=r"heads\.start: .*head has rank 4, this run 5"):
+        train_head(replace(CONFIG, rank=5), TRAIN, VALIDATION, EMBEDDINGS, still)
+
+
 def test_the_epoch_with_the_least_loss_on_validation_is_kept(tmp_path: Path) -> None:
     settings = settings_in(tmp_path, training={"learning_rate": 0.5}, dropout=0.5)
     head, logs = train_head(CONFIG, TRAIN, VALIDATION, EMBEDDINGS, settings)
     losses = {name: [entry["eval_loss"] for entry in log if "eval_loss" in entry] for name, log in logs.items()}
-    value = ValueLoss(head.value_head, CONFIG.gamma, "leave_out", 0.0)
+    value = ValueLoss(head.value_head, "leave_out", 0.0)
     candidate = CandidateLoss(head.candidate_head, CONFIG, EMBEDDINGS, 0.0)
-    rows = {"labels": VALIDATION.remaining, "censored": VALIDATION.censored}
+    returns = value_from_length(VALIDATION.remaining.float(), CONFIG.gamma)
+    remaining, censored = VALIDATION.remaining, VALIDATION.censored
     features = head_trainer.features_of(VALIDATION, CONFIG, LAYERS)
     kept = {
-        "value": value(VALIDATION.final, **rows)["loss"],
-        "candidate": candidate(features, next_token=VALIDATION.next_token, **rows)["loss"],
+        "value": value(VALIDATION.final, returns, censored)["loss"],
+        "candidate": candidate(features, remaining, censored, VALIDATION.next_token)["loss"],
     }
     for name, loss in kept.items():
         assert len(losses[name]) == EPOCHS
@@ -172,22 +183,51 @@ def test_a_batch_is_one_indexing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "expected"), [("leave_out", (0.09 + 0.0081) / 2), ("bound", (0.09 + 0.0081 + 0.04) / 4)]
+    ("rule", "expected"),
+    [
+        ("leave_out", (0.09 + 0.0081) / 2),
+        ("bound", (0.09 + 0.0081 + 0.04) / 4),
+        ("impute", (0.09 + 0.0081 + 0.04 + 0.16) / 4),
+    ],
 )
 def test_value_loss_by_hand(rule: str, expected: float) -> None:
-    """Returns at gamma 0.9: -0.1 with one token left, -0.19 with two."""
-    remaining, censored = torch.tensor([1, 2, 2, 1]), torch.tensor([False, False, True, True])
-    values = torch.tensor([-0.4, -0.1, 0.01, -0.5])  # errors -0.3, 0.09; 0.2 above the bound; below it
-    assert value_loss(values, remaining, censored, 0.9, rule).item() == pytest.approx(expected, rel=1e-5)
+    """Errors -0.3 and 0.09 of realised returns, 0.2 and -0.4 of censored ones."""
+    returns, censored = torch.tensor([-0.1, -0.19, -0.19, -0.1]), torch.tensor([False, False, True, True])
+    values = torch.tensor([-0.4, -0.1, 0.01, -0.5])
+    assert value_loss(values, returns, censored, rule).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_bound_pulls_a_censored_state_down_only_as_far_as_the_bound() -> None:
-    remaining, censored = torch.tensor([5, 5]), torch.tensor([True, True])
-    bound = value_from_length(5.0, 0.9)
-    values = torch.tensor([bound + 0.1, bound - 0.1], requires_grad=True)
-    value_loss(values, remaining, censored, 0.9, "bound").backward()
+    returns, censored = torch.tensor([-0.4, -0.4]), torch.tensor([True, True])
+    values = torch.tensor([-0.3, -0.5], requires_grad=True)
+    value_loss(values, returns, censored, "bound").backward()
     torch.testing.assert_close(values.grad, torch.tensor([0.1, 0.0]))
-    assert value_loss(values, remaining, censored, 0.9, "leave_out") == 0
+    assert value_loss(values, returns, censored, "leave_out") == 0
+
+
+def test_imputed_returns_are_those_of_the_lengths_that_are_left() -> None:
+    """Bins from 1, 2 and 4 tokens on stand for 1, 3 and 6: with 3 written, 3 or 6 are left; with 7, 7 at least."""
+    logprobs = torch.tensor([[0.5, 0.2, 0.3]]).log().repeat(3, 1)
+    given = imputed_returns(
+        logprobs, torch.tensor([1, 3, 7]), torch.tensor([1.0, 3.0, 6.0]), torch.tensor([1, 2, 4]), 0.5
+    )
+    g = [-(1 - 0.5**length) for length in range(8)]
+    expected = [0.5 * g[1] + 0.2 * g[3] + 0.3 * g[6], (0.2 * g[3] + 0.3 * g[6]) / 0.5, g[7]]
+    torch.testing.assert_close(given, torch.tensor(expected))
+
+
+def test_imputed_returns_are_what_the_value_head_learns(tmp_path: Path) -> None:
+    """All states alike: half of the completions are of 3 tokens, half of 30, of which every other was cut after 4."""
+    number = torch.arange(400)
+    remaining = torch.tensor([3, 4, 3, 30]).repeat(100)
+    none = torch.zeros_like(number)
+    features = torch.ones(400, 8, dtype=torch.bfloat16)
+    states = StateTable(features, features.unsqueeze(1), none, none, remaining, remaining == 4, number)
+    settings = settings_in(tmp_path, censored="impute", epochs=20, dropout=0.0)
+    head, _ = train_head(CONFIG, states, states, EMBEDDINGS, settings)
+    value = head.value_head(states.final[:1].float()).item()
+    returns = [value_from_length(float(length), CONFIG.gamma) for length in (3, 30)]
+    assert value == pytest.approx(sum(returns) / 2, abs=0.05)
 
 
 def test_candidate_loss_is_the_sum_of_the_means_at_the_state_and_after_the_token() -> None:
@@ -210,7 +250,7 @@ def test_candidate_loss_is_the_sum_of_the_means_at_the_state_and_after_the_token
     [
         ({"epochs": 0}, r"heads\.epochs: must be at least 1, got 0"),
         ({"dropout": 1.0}, r"heads\.dropout: must be at least 0 and less than 1, got 1\.0"),
-        ({"censored": "keep"}, r"heads\.censored: must be one of leave_out, bound, got 'keep'"),
+        ({"censored": "keep"}, r"heads\.censored: must be one of leave_out, bound, impute, got 'keep'"),
         ({"training": {"learning_rat": 1}}, r"heads\.training\.learning_rat: not one of"),
         ({"training": {"num_train_epochs": 1}}, r"heads\.training\.num_train_epochs: is set by the trainer itself"),
         ({"training": {"learning_rate": 1e30}}, r"heads\.training: the value head's loss on validation was never"),

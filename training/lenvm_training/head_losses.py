@@ -23,17 +23,16 @@ def features_of(states: StateTable, config: HeadConfig, layers: tuple[int, ...])
 class ValueLoss(nn.Module):
     """`value_loss` of ``head`` on final states, with dropout on them in training."""
 
-    def __init__(self, head: ValueHead, gamma: float, rule: str, dropout: float) -> None:
+    def __init__(self, head: ValueHead, rule: str, dropout: float) -> None:
         super().__init__()
         self.head = head
         self.dropout = nn.Dropout(dropout)
-        self.gamma = gamma
         self.rule = rule
 
     def forward(self, features: Tensor, labels: Tensor, censored: Tensor) -> dict[str, Tensor]:
-        """``loss`` of final states [N, d] with remaining lengths ``labels`` int64 [N] and ``censored`` bool [N]."""
+        """``loss`` of final states [N, d] with returns ``labels`` float [N] and ``censored`` bool [N]."""
         values = self.head(self.dropout(features.float()))  # [N]
-        return {"loss": value_loss(values, labels, censored, self.gamma, self.rule)}
+        return {"loss": value_loss(values, labels, censored, self.rule)}
 
 
 class CandidateLoss(nn.Module):
@@ -64,20 +63,36 @@ class CandidateLoss(nn.Module):
         return {"loss": at_state.mean() + (after_token * follows).sum() / follows.sum().clamp_min(1)}
 
 
-def value_loss(values: Tensor, remaining: Tensor, censored: Tensor, gamma: float, rule: str) -> Tensor:
-    """Mean squared error between values V [N] and returns G = -(1 - gamma ** remaining).
+def value_loss(values: Tensor, returns: Tensor, censored: Tensor, rule: str) -> Tensor:
+    """Mean squared error between values V [N] and returns G [N]; ``censored`` bool [N] marks those not realised.
 
-    ``remaining`` int64 [N], ``censored`` bool [N]. The return of a censored state is at most G. ``rule``:
+    ``rule``:
 
     * ``leave_out``: the mean of (V - G)^2 over the states that are not censored; 0 when all are;
-    * ``bound``: a censored state adds max(V - G, 0)^2, the part known to be wrong; the mean over all states.
+    * ``bound``: G of a censored state is an upper bound, and it adds max(V - G, 0)^2, the part known to be wrong; the
+      mean over all states;
+    * ``impute``: the mean of (V - G)^2 over all states, G of a censored one being `imputed_returns`.
     """
-    errors = values - value_from_length(remaining.float(), gamma)
+    errors = values - returns
+    if rule == "leave_out":
+        known = ~censored
+        mean: Tensor = (errors.square() * known).sum() / known.sum().clamp_min(1)
+        return mean
     if rule == "bound":
-        return torch.where(censored, errors.clamp_min(0), errors).square().mean()
-    known = ~censored
-    mean: Tensor = (errors.square() * known).sum() / known.sum().clamp_min(1)
-    return mean
+        errors = torch.where(censored, errors.clamp_min(0), errors)
+    return errors.square().mean()
+
+
+def imputed_returns(logprobs: Tensor, remaining: Tensor, lengths: Tensor, edges: Tensor, gamma: float) -> Tensor:
+    """E[-(1 - gamma ** L) | L >= remaining] under distributions over bins of remaining lengths: [N].
+
+    ``logprobs`` [N, M] of the bins, ``remaining`` int64 [N], ``lengths`` float [M] what each bin stands for, ``edges``
+    int64 [M] its least length. The return that a censored state is expected to have (Buckley and James, 1979).
+    """
+    later = torch.arange(logprobs.shape[-1], device=logprobs.device) >= bin_index(remaining, edges).unsqueeze(-1)
+    weights = torch.softmax(logprobs.masked_fill(~later, -torch.inf), dim=-1)
+    returns = value_from_length(torch.maximum(lengths, remaining.unsqueeze(-1).float()), gamma)  # [N, M]
+    return (weights * returns).sum(-1)
 
 
 def length_nll(logprobs: Tensor, remaining: Tensor, censored: Tensor, edges: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-CENSORED = ("leave_out", "bound")
+CENSORED = ("leave_out", "bound", "impute")
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,8 @@ class HeadsSettings:
 
     ``layers``: decoder layers read beside the final state; ``num_bins``, ``max_length``: bins of remaining lengths;
     ``dropout``: share of the input features set to 0 in training; ``censored``: what completions cut by the token
-    limit do in the value head's loss, see `head_losses.value_loss`; ``training``: transformers.TrainingArguments by
+    limit do in the value head's loss, see `head_losses.value_loss`; ``start``: a head folder of the same form whose
+    weights the training starts from, fresh ones when it is empty; ``training``: transformers.TrainingArguments by
     their own names, over `head_trainer.DEFAULTS`.
     """
 
@@ -30,6 +31,7 @@ class HeadsSettings:
     max_length: int = 1024
     dropout: float = 0.1
     censored: str = "leave_out"
+    start: str = ""
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from lenvm_kernels.checkpoint import Head
+from lenvm_kernels.checkpoint import Head, load_head
 from lenvm_kernels.heads import CandidateHead, HeadConfig, ValueHead
+from lenvm_kernels.length_value import bin_edges, value_from_length
 from lenvm_training.features import StateTable
-from lenvm_training.head_losses import CandidateLoss, ValueLoss, features_of
+from lenvm_training.head_losses import CandidateLoss, ValueLoss, features_of, imputed_returns
 from lenvm_training.head_settings import HeadsSettings
 from lenvm_training.lenvm_trainer import claim_output, last_checkpoint, training_arguments
 
@@ -40,6 +41,9 @@ DEFAULTS: dict[str, Any] = {
 """transformers.TrainingArguments of the heads, where ``heads.training`` does not say otherwise."""
 
 LogHistory = list[dict[str, Any]]
+IMPUTE_ROWS = 16_384
+FORM = ("hidden_size", "vocab_size", "gamma", "num_bins", "max_length", "rank", "feature_layers", "eos_token_ids")
+"""Fields of `HeadConfig` that decide what the weights mean."""
 
 
 class StateRows(Dataset[dict[str, Tensor]]):
@@ -80,27 +84,41 @@ def train_head(
     if not (len(train.position) and len(validation.position)):
         raise ValueError("data.rollouts: too few prompts; a tenth of them is set apart to choose the best epoch")
     torch.manual_seed((DEFAULTS | settings.training)["seed"])
-    value = ValueLoss(ValueHead(config.hidden_size), config.gamma, settings.censored, settings.dropout)
-    candidate = CandidateLoss(CandidateHead(config), config, embeddings, settings.dropout)
+    head = _start(config, settings.start)
+    value = ValueLoss(head.value_head, settings.censored, settings.dropout)
+    candidate = CandidateLoss(head.candidate_head, config, embeddings, settings.dropout)
+    digest = tensors_digest({"embeddings": embeddings})
     logs = {
-        "value": _fit(
-            "value",
-            value,
-            _value_rows(train),
-            _value_rows(validation),
-            settings,
-            {"gamma": config.gamma, "censored": settings.censored},
-        ),
         "candidate": _fit(
             "candidate",
             candidate,
             _candidate_rows(train, config, settings.layers),
             _candidate_rows(validation, config, settings.layers),
             settings,
-            {"max_length": config.max_length, "embeddings": tensors_digest({"embeddings": embeddings})},
-        ),
+            {"max_length": config.max_length, "embeddings": digest},
+        )
     }
-    return Head(config, value.head, candidate.head), logs
+    logs["value"] = _fit(
+        "value",
+        value,
+        _value_rows(train, head, settings),
+        _value_rows(validation, head, settings),
+        settings,
+        {"censored": settings.censored},
+    )
+    return head, logs
+
+
+def _start(config: HeadConfig, folder: str) -> Head:
+    """The head to train: that of ``folder``, or fresh weights. Raises ValueError for a head of another form."""
+    if not folder:
+        return Head(config, ValueHead(config.hidden_size), CandidateHead(config))
+    start = load_head(Path(folder))
+    for name in FORM:
+        there, wanted = getattr(start.config, name), getattr(config, name)
+        if there != wanted:
+            raise ValueError(f"heads.start: {folder} has {name} {there}, this run {wanted}")
+    return Head(config, start.value_head, start.candidate_head)
 
 
 def head_arguments(settings: HeadsSettings, output: Path, num_validation: int) -> TrainingArguments:
@@ -123,7 +141,12 @@ def head_arguments(settings: HeadsSettings, output: Path, num_validation: int) -
 
 def recorded_settings(settings: HeadsSettings) -> dict[str, Any]:
     """How the heads are optimised, defaults included."""
-    return {"epochs": settings.epochs, "dropout": settings.dropout, "training": DEFAULTS | settings.training}
+    return {
+        "start": settings.start,
+        "epochs": settings.epochs,
+        "dropout": settings.dropout,
+        "training": DEFAULTS | settings.training,
+    }
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -135,8 +158,24 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _value_rows(states: StateTable) -> StateRows:
-    return StateRows(features=states.final, labels=states.remaining, censored=states.censored)
+def _value_rows(states: StateTable, head: Head, settings: HeadsSettings) -> StateRows:
+    returns = value_from_length(states.remaining.float(), head.config.gamma)
+    if settings.censored == "impute" and states.censored.any():
+        censored = states.select(states.censored)
+        returns[states.censored] = _imputed(censored, head, settings.layers)
+    return StateRows(features=states.final, labels=returns, censored=states.censored)
+
+
+@torch.inference_mode()
+def _imputed(states: StateTable, head: Head, layers: tuple[int, ...]) -> Tensor:
+    config, lengths = head.config, head.candidate_head.bin_lengths
+    edges = bin_edges(config.num_bins, config.max_length)
+    features = features_of(states, config, layers)
+    parts = []
+    for rows in torch.arange(len(states.position)).split(IMPUTE_ROWS):
+        logprobs = head.candidate_head.state_logprobs(features[rows].float())
+        parts.append(imputed_returns(logprobs, states.remaining[rows], lengths, edges, config.gamma))
+    return torch.cat(parts)
 
 
 def _candidate_rows(states: StateTable, config: HeadConfig, layers: tuple[int, ...]) -> StateRows:
@@ -182,6 +221,6 @@ def _record(
     module: nn.Module, train: StateRows, validation: StateRows, settings: HeadsSettings, loss_settings: dict[str, Any]
 ) -> str:
     """Everything that decides the weights of a run, as JSON."""
-    shapes = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
+    start = tensors_digest(module.state_dict())
     data = {"train": tensors_digest(train.tensors), "validation": tensors_digest(validation.tensors)}
-    return json.dumps({**loss_settings, **recorded_settings(settings), **data, "weights": shapes}, indent=2) + "\n"
+    return json.dumps({**loss_settings, **recorded_settings(settings), **data, "start": start}, indent=2) + "\n"

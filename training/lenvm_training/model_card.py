@@ -29,6 +29,7 @@ _EVALUATION_MARK = "<!-- lenvm evaluate -->"
 _CENSORED = {
     "leave_out": "left out of the value targets",
     "bound": 'at most the return of "at least this long" for the value',
+    "impute": "given the return that the distribution expects of a longer answer for the value",
 }
 _ROWS = (
     ("value_mse", "value head: MSE of V(s_t) against the realised return"),
