@@ -95,18 +95,30 @@ def _with_engine(parsed: argparse.Namespace) -> int:
 
 
 def _run_to_end(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Run a command; its exit status. Signals go on to it and its end is awaited: it may need the engine until then."""
-    with subprocess.Popen(command, env=environment) as process:
+    """Run a command; its exit status, 128 + N when signal N ended it.
 
-        def send_on(number: int, _frame: FrameType | None) -> None:
+    Signals go on to it, and its end is awaited: it may need the engine until then. It has a process group of its own,
+    so that one from the terminal comes to it once.
+    """
+    early: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def send_on(number: int, _frame: FrameType | None) -> None:
+        if process is None:
+            early.append(number)
+        else:
             process.send_signal(number)
 
-        before = {number: signal.signal(number, send_on) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            return process.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    before = {number: signal.signal(number, send_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        process = subprocess.Popen(command, env=environment, process_group=0)
+        for number in early:
+            process.send_signal(number)
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
 
 
 if __name__ == "__main__":

@@ -224,7 +224,7 @@ def explain_grammar_abort(req: Any) -> None:
     told = reason.split("\n", 1)[0] or "a token was not accepted"
     params = req.sampling_params
     given = {"json": params.json_schema, "regex": params.regex, "ebnf": params.ebnf}
-    kind = next((kind for kind, grammar in given.items() if grammar is not None), "given")
+    kind = next((kind for kind, grammar in given.items() if grammar is not None), "structural_tag")
     message = f"Failed to follow {kind} grammar: {told}"
     req.to_finish = FINISH_ABORT(message, HTTPStatus.BAD_REQUEST, "BadRequestError")
 

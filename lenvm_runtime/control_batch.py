@@ -96,10 +96,8 @@ class ControlBatch:
             return None
         max_candidates = [_max_candidates(k) if c else 0 for c, k in zip(active, top_ks, strict=True)]
         ignored = [c is not None and i for c, i in zip(active, ignore_eos or [False] * len(active), strict=True)]
-
-        stops = [
-            sorted(ids or ()) if c else [] for c, ids in zip(active, stop_ids or [None] * len(active), strict=True)
-        ]
+        given = zip(active, ignored, stop_ids or [None] * len(active), strict=True)
+        stops = [sorted(ids or ()) if c and not i else [] for c, i, ids in given]  # ignored too, by ignore_eos
 
         def tensor(values: list[Any], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)

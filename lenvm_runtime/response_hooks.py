@@ -52,8 +52,8 @@ def register(gamma: float, max_length: int) -> None:
     ) -> AsyncGenerator[Any, None]:
         params = getattr(obj, "sampling_params", None)
         vocab_size = compat.vocab_size(manager)
-        _check_controls(params)
         _check_stop_ids(params, vocab_size)
+        _check_controls(params)
         queries = _read_queries(params, vocab_size)
         _check_input_ids(obj.input_ids, vocab_size, "input" if queries else "prompt")
         if queries:
@@ -86,9 +86,12 @@ def _check_controls(sampling_params: Any) -> None:
 
 def _check_stop_ids(sampling_params: Any, vocab_size: int) -> None:
     """Refuse a stop token that the model does not have (ValueError: HTTP 400): it can end the scheduler."""
-    for token in (token for params in _each(sampling_params) for token in params.get("stop_token_ids") or ()):
-        if not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise LengthControlError("stop_token_ids", f"{token!r} is not a token id from 0 to {vocab_size - 1}")
+    for given in (params.get("stop_token_ids") or () for params in _each(sampling_params)):
+        if not isinstance(given, list | tuple | set):
+            raise LengthControlError("stop_token_ids", f"must be a list of token ids, got {given!r}")
+        for token in given:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+                raise LengthControlError("stop_token_ids", f"{token!r} is not a token id from 0 to {vocab_size - 1}")
 
 
 def _check_input_ids(input_ids: list[int] | list[list[int]] | None, vocab_size: int, field: str) -> None:

@@ -1,6 +1,6 @@
 """``steer_candidates`` and ``solve_mean_tilt`` as a Triton kernel each. Needs CUDA, or Triton's interpreter.
 
-A program takes a row and holds its candidates, and their [C, M] distributions, in registers: C up to about 100.
+A program takes a row and holds its candidates, and their [C, M] distributions, in registers: C up to about 200.
 """
 
 from __future__ import annotations

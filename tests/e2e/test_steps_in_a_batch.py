@@ -101,6 +101,7 @@ class Twin:
         from lenvm_runtime.value_model.step import NUM_BINS
 
         self._served, self._lenvm, self._head = served, lenvm, head
+        self._random = torch.Generator().manual_seed(0)
         self.num_tokens = served.config.vocab_size
         self._bins = bin_lengths(NUM_BINS, int(length_from_value(-1.0, GAMMA)))
         self._table = build_value_table(self._bins, GAMMA)
@@ -206,7 +207,7 @@ class Twin:
         values = torch.zeros(1, len(ids))
         kept = [column for column, is_candidate in enumerate(chosen) if is_candidate]
         scored = self.candidate_values(prompt + output, [ids[column] for column in kept])
-        values[0, kept] = scored + noise * (2 * torch.rand(len(kept)) - 1)
+        values[0, kept] = scored + noise * (2 * torch.rand(len(kept), generator=self._random) - 1)
         values[candidates.eos_mask] = 0.0
         if not guided.needs_steering(candidates, values):
             return None
@@ -291,7 +292,7 @@ class Engine:
                 largest_error(found, self.twin.probs(prompt, output, control, sampling, history))
                 for history in histories
             ]
-            if min(errors) >= TOLERANCE and control:
+            if min(errors) >= TOLERANCE and control and control["mode"] == "target_mean":
                 request = (prompt, output, control, sampling)
                 errors = [
                     error - self.twin.sensitivity(*request, history)

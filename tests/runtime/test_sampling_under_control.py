@@ -159,7 +159,7 @@ def test_an_ignored_eos_is_no_candidate_in_its_row_alone() -> None:
 
 
 def test_a_stop_token_is_an_end_in_its_row_alone() -> None:
-    """An end whatever its chance, ignored and forbidden, as EOS is; a token like any in other rows."""
+    """An end whatever its chance, forbidden as EOS is; a token like any in other rows, and with ignore_eos."""
     rows = [
         {"stop_token_ids": [40, 41]},
         {},
@@ -178,7 +178,7 @@ def test_a_stop_token_is_an_end_in_its_row_alone() -> None:
         return [set(row[kept].tolist()) for row, kept in zip(together.ids, columns, strict=True)]
 
     assert ids(together.eos_mask) == [{EOS, 40, 41}, {EOS}, {EOS, 42}, set(), set()]
-    assert [40 in row for row in ids(~together.eos_mask)] == [False, True, True, False, False]
+    assert [40 in row for row in ids(~together.eos_mask)] == [False, True, True, True, False]
     for row in range(5):
         one = slice(row, row + 1)
         _, alone = candidates_of(rows[one], [[7]], logits[one], [control])

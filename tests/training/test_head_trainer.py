@@ -149,7 +149,11 @@ def test_a_run_of_other_settings_or_states_is_never_resumed(
 def test_training_starts_from_a_head_of_the_same_form(tmp_path: Path) -> None:
     first = train(settings_in(tmp_path / "work"))
     save_head(first, tmp_path / "head")
-    still = settings_in(tmp_path / "work", start=str(tmp_path / "head"), training={"learning_rate": 0.0})
+    start = str(tmp_path / "head")
+    further = train(settings_in(tmp_path / "work", start=start, epochs=1))
+    there = weights(load_head(tmp_path / "head"))
+    assert not any(torch.equal(tensor, there[name]) for name, tensor in weights(further).items())
+    still = settings_in(tmp_path / "work", start=start, training={"learning_rate": 0.0})
     assert same(train(still), load_head(tmp_path / "head"))
     with pytest.raises(ValueError, match=r"heads\.start: .*head has rank 4, this run 5"):
         train_head(replace(CONFIG, rank=5), TRAIN, VALIDATION, EMBEDDINGS, still)

@@ -7,7 +7,6 @@ disk): one line and exit status 1; the same command started again goes on from w
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -177,7 +176,6 @@ def _guard(parser: _Parser, command: Command, arguments: Sequence[str]) -> int:
             raise
         return _fail(parser, "the disk is full; make room and run the same command again", STATUS_TRY_AGAIN)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the same one may come twice: from the terminal and with-engine
         return _fail(parser, "stopped; run the same command again to go on", STATUS_INTERRUPTED)
     return 0
 

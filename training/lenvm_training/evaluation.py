@@ -90,12 +90,12 @@ def _early_figures(head: Head, held_out: StateTable) -> dict[str, float]:
     returns = _middle_returns(early, head.config.gamma)
     mse = _mse(_values(head, early), returns)
     of_position = _mse(_position_only(early.position, returns, early.position), returns)
-    return {
+    errors = {
         "early_mse": mse,
         "early_mse_constant": _mse(returns.mean(), returns),
         "early_mse_position": of_position,
-        "early_mse_over_position": mse / of_position,
     }
+    return errors | ({"early_mse_over_position": mse / of_position} if of_position else {})
 
 
 def _middle_returns(states: StateTable, gamma: float) -> Tensor:

@@ -139,7 +139,8 @@ async def _sample(
 ) -> int:
     settings = _rollout_settings(experiment)
     stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     added = await sample_rollouts(
         prompts,
         encoder,

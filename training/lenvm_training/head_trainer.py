@@ -84,7 +84,7 @@ def train_head(
     if not (len(train.position) and len(validation.position)):
         raise ValueError("data.rollouts: too few prompts; a tenth of them is set apart to choose the best epoch")
     torch.manual_seed((DEFAULTS | settings.training)["seed"])
-    head = _start(config, settings.start)
+    head = start_head(config, settings.start)
     value = ValueLoss(head.value_head, settings.censored, settings.dropout)
     candidate = CandidateLoss(head.candidate_head, config, embeddings, settings.dropout)
     digest = tensors_digest({"embeddings": embeddings})
@@ -109,7 +109,7 @@ def train_head(
     return head, logs
 
 
-def _start(config: HeadConfig, folder: str) -> Head:
+def start_head(config: HeadConfig, folder: str) -> Head:
     """The head to train: that of ``folder``, or fresh weights. Raises ValueError for a head of another form."""
     if not folder:
         return Head(config, ValueHead(config.hidden_size), CandidateHead(config))
@@ -118,7 +118,7 @@ def _start(config: HeadConfig, folder: str) -> Head:
         there, wanted = getattr(start.config, name), getattr(config, name)
         if there != wanted:
             raise ValueError(f"heads.start: {folder} has {name} {there}, this run {wanted}")
-    return Head(config, start.value_head, start.candidate_head)
+    return Head(config, start.value_head.requires_grad_(True), start.candidate_head.requires_grad_(True))
 
 
 def head_arguments(settings: HeadsSettings, output: Path, num_validation: int) -> TrainingArguments:
@@ -142,7 +142,7 @@ def head_arguments(settings: HeadsSettings, output: Path, num_validation: int) -
 def recorded_settings(settings: HeadsSettings) -> dict[str, Any]:
     """How the heads are optimised, defaults included."""
     return {
-        "start": settings.start,
+        "start": Path(settings.start).name,
         "epochs": settings.epochs,
         "dropout": settings.dropout,
         "training": DEFAULTS | settings.training,

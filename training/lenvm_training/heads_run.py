@@ -16,7 +16,7 @@ from lenvm_training import plots
 from lenvm_training.evaluation import evaluate_head
 from lenvm_training.features import extract_states
 from lenvm_training.head_settings import HeadsSettings
-from lenvm_training.head_trainer import head_arguments, recorded_settings, train_head
+from lenvm_training.head_trainer import head_arguments, recorded_settings, start_head, train_head
 from lenvm_training.model import default_device
 from lenvm_training.model_card import write_model_card
 
@@ -32,20 +32,22 @@ def train_heads(
     """Train, evaluate and write the head folder with its card; returns the figures on ``held_rollouts``.
 
     ``backbone`` is the served model's folder, ``base_model`` its name for the card. Raises ValueError for settings
-    and rollouts that cannot be used; for a bad key of ``heads.training``, before anything is loaded.
+    and rollouts that cannot be used: for a bad key of ``heads.training`` before anything is loaded, for ``heads.start``
+    before the states are computed.
     """
     head_arguments(settings, Path(settings.work), 1)
     model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.bfloat16).to(default_device()).eval()
     layers, work, out = settings.layers, Path(settings.work), Path(settings.out)
+    config = _head_config(settings, model, base_model, gamma, shared_sampling(rollouts))
+    start_head(config, settings.start)  # raises before the long part
     states = extract_states(model, rollouts, layers, settings.states, work / "train")
     in_validation = torch.tensor([_is_validation(row["prompt_id"]) for row in rollouts])[states.rollout]
     train, validation = states.select(~in_validation), states.select(in_validation)
     held_out = extract_states(model, held_rollouts, layers, settings.states, work / "eval")
-    config = _head_config(settings, model, base_model, gamma, shared_sampling(rollouts))
     embeddings = model.get_input_embeddings().weight.detach().cpu()
     head, logs = train_head(config, train, validation, embeddings, settings)
-    figures = evaluate_head(head, train, held_out, layers, held_rollouts)
     save_head(head, out)
+    figures = evaluate_head(head, train, held_out, layers, held_rollouts)
     plots.plot_loss(out / "value_loss.png", logs["value"], "eval_loss")
     plots.plot_loss(out / "candidate_loss.png", logs["candidate"], "eval_loss", "negative log-likelihood, nats")
     recorded = {"censored": settings.censored, **recorded_settings(settings)}

@@ -38,12 +38,9 @@ def push_folder(folder: Path, repository: str, private: bool) -> str:
     with _hub_errors(repository):
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
-        try:
-            commit = api.upload_folder(
-                repo_id=repository, folder_path=folder, ignore_patterns=list(LEFT_OUT), commit_message="LenVM"
-            )
-        except RuntimeError as error:  # the library's own for any failure of an upload by LFS
-            raise HubError(f"{repository}: {_text(error)}") from None
+        commit = api.upload_folder(
+            repo_id=repository, folder_path=folder, ignore_patterns=list(LEFT_OUT), commit_message="LenVM"
+        )
     return str(commit.commit_url)
 
 
@@ -70,14 +67,25 @@ def _hub_errors(repository: str) -> Iterator[None]:
     """What the library raises as one line that names the repository."""
     try:
         yield
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        kind = HubError if status >= 500 or status in PASSING_STATUS else HubRefusalError
-        raise kind(f"{repository}: {_text(error)}") from None
+    except (HfHubHTTPError, RuntimeError) as error:  # RuntimeError: the library's own where an upload by LFS fails
+        raise _kind(error)(f"{repository}: {_text(error)}") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.HTTPError) as error:
+        raise HubError(f"{repository}: {_text(error)}") from None
+    except OSError as error:  # without a number: the library's own for a download of another length
+        if error.errno is not None:
+            raise
         raise HubError(f"{repository}: {_text(error)}") from None
     except ValueError as error:
         raise ValueError(f"{repository}: {_text(error)}") from None
+
+
+def _kind(error: Exception) -> type[Exception]:
+    """Whether another try can help."""
+    cause = error if isinstance(error, HfHubHTTPError) else error.__cause__
+    if not isinstance(cause, HfHubHTTPError):
+        return HubError
+    status = cause.response.status_code
+    return HubError if status >= 500 or status in PASSING_STATUS else HubRefusalError
 
 
 def _check_folder(folder: Path) -> None:
