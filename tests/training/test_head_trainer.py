@@ -159,6 +159,17 @@ def test_training_starts_from_a_head_of_the_same_form(tmp_path: Path) -> None:
         train_head(replace(CONFIG, rank=5), TRAIN, VALIDATION, EMBEDDINGS, still)
 
 
+def test_one_head_is_trained_alone_beside_that_of_the_start(tmp_path: Path) -> None:
+    save_head(train(settings_in(tmp_path / "work")), tmp_path / "head")
+    start = str(tmp_path / "head")
+    there = weights(load_head(tmp_path / "head"))
+    alone = settings_in(tmp_path / "work", start=start, train=("value",), epochs=1)
+    head, logs = train_head(CONFIG, TRAIN, VALIDATION, EMBEDDINGS, alone)
+    assert list(logs) == ["value"]
+    for name, tensor in weights(head).items():
+        assert torch.equal(tensor, there[name]) == name.startswith("candidate.")
+
+
 def test_the_epoch_with_the_least_loss_on_validation_is_kept(tmp_path: Path) -> None:
     settings = settings_in(tmp_path, training={"learning_rate": 0.5}, dropout=0.5)
     head, logs = train_head(CONFIG, TRAIN, VALIDATION, EMBEDDINGS, settings)
@@ -255,9 +266,11 @@ def test_candidate_loss_is_the_sum_of_the_means_at_the_state_and_after_the_token
         ({"epochs": 0}, r"heads\.epochs: must be at least 1, got 0"),
         ({"dropout": 1.0}, r"heads\.dropout: must be at least 0 and less than 1, got 1\.0"),
         ({"censored": "keep"}, r"heads\.censored: must be one of leave_out, bound, impute, got 'keep'"),
+        ({"train": ()}, r"heads\.train: must name candidate or value or both, got \[\]"),
+        ({"train": ("value",)}, r"heads\.train: the other head must come from heads\.start"),
         ({"training": {"learning_rat": 1}}, r"heads\.training\.learning_rat: not one of"),
         ({"training": {"num_train_epochs": 1}}, r"heads\.training\.num_train_epochs: is set by the trainer itself"),
-        ({"training": {"learning_rate": 1e30}}, r"heads\.training: the value head's loss on validation was never"),
+        ({"training": {"learning_rate": 1e30}}, r"heads\.training: the candidate head's loss on validation was never"),
     ],
 )
 def test_bad_settings_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

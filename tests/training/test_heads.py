@@ -31,7 +31,7 @@ from lenvm_training.head_losses import length_nll  # noqa: E402
 from lenvm_training.head_settings import HeadsSettings  # noqa: E402
 from lenvm_training.head_trainer import recorded_settings, train_head  # noqa: E402
 from lenvm_training.heads_run import shared_sampling  # noqa: E402
-from lenvm_training.model_card import add_evaluation, front_matter, write_model_card  # noqa: E402
+from lenvm_training.model_card import add_evaluation, described_data, front_matter, write_model_card  # noqa: E402
 
 LAYERS = (0,)
 CONFIG = HeadConfig("tiny", 32, 50, 0.97, 12, 128, 16, LAYERS, (2,))
@@ -199,6 +199,7 @@ def test_training_learns_and_the_folder_round_trips(model: Any, tmp_path: Path) 
     expected = {"library_name": "lenvm", "license": "unknown", "tags": ["lenvm", "length-prediction"]}
     assert card.data.to_dict() == expected
     assert card.text.strip().startswith("# LenVM head for tiny")
+    assert described_data(folder / "README.md").startswith("190 finished of 200 completions of 40 prompts")
     assert json.loads((folder / "figures.json").read_text()) == figures
     loaded = load_head(folder)
     assert loaded.config == CONFIG

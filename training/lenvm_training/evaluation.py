@@ -45,10 +45,10 @@ def evaluate_head(
     * at the prompt boundary, against the mean of the samples of each prompt: ``boundary_tau`` (Kendall) and
       ``boundary_mre`` (mean relative error; truth and prediction in return space, as in the paper's
       equations 13 to 15), and ``boundary_tau_expected``, ``boundary_mre_expected`` of the predicted
-      distribution's mean in plain tokens, both sides cut at the token limit;
+      distribution's mean in plain tokens, both sides cut at the token limit and at the last bin's length;
     * ``remaining_mre_25/50/75``: median relative error of the remaining length that V stands for there;
     * ``interval_coverage``: share of completions inside the 80% interval of the prompt boundary (a
-      censored one counts as inside when the interval reaches the token limit).
+      longer one counts as inside when the interval reaches that cut).
     """
     gamma = head.config.gamma
     known_train, known = train.select(~train.censored), held_out.select(~held_out.censored)
@@ -133,13 +133,16 @@ def _distribution_boundary_figures(
     with torch.inference_mode():
         logprobs = head.candidate_head.state_logprobs(features_of(boundary, head.config, layers).float())
     lengths = head.candidate_head.bin_lengths
-    limit = float(boundary.remaining[boundary.censored].max()) if boundary.censored.any() else float("inf")
+    limit = lengths[-1].round()  # of the last bin, which is open: all that is longer counts as this long
+    if boundary.censored.any():
+        limit = limit.minimum(boundary.remaining[boundary.censored].max())
     restricted = expected_length(logprobs, lengths.clamp(max=limit))
+    remaining = boundary.remaining.float().clamp(max=limit)
     groups = _by_prompt(boundary, rollouts)
-    actual = torch.stack([boundary.remaining[group].float().mean() for group in groups])
+    actual = torch.stack([remaining[group].mean() for group in groups])
     predicted = restricted[torch.stack([group[0] for group in groups])]
     low, high = (quantile_length(logprobs, lengths, level).round() for level in INTERVAL)
-    inside = (boundary.remaining >= low) & (boundary.remaining <= high)
+    inside = (remaining >= low) & (remaining <= high)
     return {
         "boundary_tau_expected": rank_agreement(predicted.double().numpy(), actual.double().numpy()),
         "boundary_mre_expected": _mre(predicted, actual),

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 CENSORED = ("leave_out", "bound", "impute")
+HEADS = ("candidate", "value")
+"""In the order of their training."""
 
 
 @dataclass(frozen=True)
@@ -15,8 +17,9 @@ class HeadsSettings:
     ``layers``: decoder layers read beside the final state; ``num_bins``, ``max_length``: bins of remaining lengths;
     ``dropout``: share of the input features set to 0 in training; ``censored``: what completions cut by the token
     limit do in the value head's loss, see `head_losses.value_loss`; ``start``: a head folder of the same form whose
-    weights the training starts from, fresh ones when it is empty; ``training``: transformers.TrainingArguments by
-    their own names, over `head_trainer.DEFAULTS`.
+    weights the training starts from, fresh ones when it is empty; ``train``: which of the two are trained, the other
+    one stays that of ``start``; ``training``: transformers.TrainingArguments by their own names, over
+    `head_trainer.DEFAULTS`.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -32,6 +35,7 @@ class HeadsSettings:
     dropout: float = 0.1
     censored: str = "leave_out"
     start: str = ""
+    train: tuple[str, ...] = HEADS
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -41,3 +45,7 @@ class HeadsSettings:
             raise ValueError(f"heads.dropout: must be at least 0 and less than 1, got {self.dropout}")
         if self.censored not in CENSORED:
             raise ValueError(f"heads.censored: must be one of {', '.join(CENSORED)}, got {self.censored!r}")
+        if not self.train or not set(self.train) <= set(HEADS):
+            raise ValueError(f"heads.train: must name {' or '.join(HEADS)} or both, got {list(self.train)}")
+        if set(self.train) != set(HEADS) and not self.start:
+            raise ValueError("heads.train: the other head must come from heads.start")

@@ -75,7 +75,7 @@ class HeadTrainer(Trainer):
 def train_head(
     config: HeadConfig, train: StateTable, validation: StateTable, embeddings: Tensor, settings: HeadsSettings
 ) -> tuple[Head, dict[str, LogHistory]]:
-    """Train both heads on ``train``; returns them, on the CPU, and the Trainer's log of each head by its name.
+    """Train both heads on ``train``; returns them, on the CPU, and the Trainer's log of each trained one by its name.
 
     Both tables captured ``settings.layers``; ``embeddings`` [vocab, d] are the served model's. For each head on its
     own, the epoch with the least loss on ``validation`` is kept: other prompts than those of ``train``, and than
@@ -87,25 +87,25 @@ def train_head(
     head = start_head(config, settings.start)
     value = ValueLoss(head.value_head, settings.censored, settings.dropout)
     candidate = CandidateLoss(head.candidate_head, config, embeddings, settings.dropout)
-    digest = tensors_digest({"embeddings": embeddings})
-    logs = {
-        "candidate": _fit(
+    logs: dict[str, LogHistory] = {}
+    if "candidate" in settings.train:
+        logs["candidate"] = _fit(
             "candidate",
             candidate,
             _candidate_rows(train, config, settings.layers),
             _candidate_rows(validation, config, settings.layers),
             settings,
-            {"max_length": config.max_length, "embeddings": digest},
+            {"max_length": config.max_length, "embeddings": tensors_digest({"embeddings": embeddings})},
         )
-    }
-    logs["value"] = _fit(
-        "value",
-        value,
-        _value_rows(train, head, settings),
-        _value_rows(validation, head, settings),
-        settings,
-        {"censored": settings.censored},
-    )
+    if "value" in settings.train:
+        logs["value"] = _fit(
+            "value",
+            value,
+            _value_rows(train, head, settings),
+            _value_rows(validation, head, settings),
+            settings,
+            {"censored": settings.censored},
+        )
     return head, logs
 
 
@@ -140,13 +140,13 @@ def head_arguments(settings: HeadsSettings, output: Path, num_validation: int) -
 
 
 def recorded_settings(settings: HeadsSettings) -> dict[str, Any]:
-    """How the heads are optimised, defaults included."""
-    return {
-        "start": Path(settings.start).name,
-        "epochs": settings.epochs,
-        "dropout": settings.dropout,
-        "training": DEFAULTS | settings.training,
-    }
+    """How the heads are trained, defaults included."""
+    return {"start": Path(settings.start).name, "train": list(settings.train), **_optimisation(settings)}
+
+
+def _optimisation(settings: HeadsSettings) -> dict[str, Any]:
+    training = DEFAULTS | settings.training
+    return {"epochs": settings.epochs, "dropout": settings.dropout, "training": training}
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -223,4 +223,4 @@ def _record(
     """Everything that decides the weights of a run, as JSON."""
     start = tensors_digest(module.state_dict())
     data = {"train": tensors_digest(train.tensors), "validation": tensors_digest(validation.tensors)}
-    return json.dumps({**loss_settings, **recorded_settings(settings), **data, "start": start}, indent=2) + "\n"
+    return json.dumps({**loss_settings, **_optimisation(settings), **data, "start": start}, indent=2) + "\n"

@@ -18,7 +18,9 @@ from lenvm_training.features import extract_states
 from lenvm_training.head_settings import HeadsSettings
 from lenvm_training.head_trainer import head_arguments, recorded_settings, start_head, train_head
 from lenvm_training.model import default_device
-from lenvm_training.model_card import write_model_card
+from lenvm_training.model_card import CARD_FILE, described_data, write_model_card
+
+LOSSES = {"value": "squared error of the value", "candidate": "negative log-likelihood, nats"}
 
 
 def train_heads(
@@ -48,10 +50,12 @@ def train_heads(
     head, logs = train_head(config, train, validation, embeddings, settings)
     save_head(head, out)
     figures = evaluate_head(head, train, held_out, layers, held_rollouts)
-    plots.plot_loss(out / "value_loss.png", logs["value"], "eval_loss")
-    plots.plot_loss(out / "candidate_loss.png", logs["candidate"], "eval_loss", "negative log-likelihood, nats")
+    for name, label in LOSSES.items():
+        if name in logs:
+            plots.plot_loss(out / f"{name}_loss.png", logs[name], "eval_loss", label)
     recorded = {"censored": settings.censored, **recorded_settings(settings)}
-    write_model_card(out, config, recorded, rollouts, held_rollouts, figures, backbone)
+    start = described_data(Path(settings.start) / CARD_FILE) if settings.start else ""
+    write_model_card(out, config, recorded, rollouts, held_rollouts, figures, backbone, start)
     return figures
 
 

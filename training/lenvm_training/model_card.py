@@ -62,10 +62,12 @@ def write_model_card(
     held_rollouts: Sequence[dict[str, Any]],
     figures: dict[str, float],
     backbone: Path,
+    start: str = "",
 ) -> None:
     """Write ``README.md`` and ``figures.json`` beside the weights.
 
-    ``settings``: how the heads were trained, ``censored`` among them; ``backbone``: the served model's folder.
+    ``settings``: how the heads were trained, ``censored`` among them; ``backbone``: the served model's folder;
+    ``start``: what the card of the head that they started from says of its data.
     """
     (folder / FIGURES_FILE).write_text(json.dumps(figures, indent=2) + "\n")
     table = "\n".join(f"| {label} | {figures[name]:.4f} |" for name, label in _ROWS if name in figures)
@@ -79,8 +81,9 @@ token). It describes this model sampled as below; other sampling settings or pro
 ## Data
 
 {_describe(rollouts)}
+{f"Trained ({' and '.join(settings['train'])}) from a head that had learned from: {start}" if start else ""}
 
-Held out (other prompts): {_describe(held_rollouts)}
+Held out (other prompts): {_describe(held_rollouts)} Sampling: {_describe_sampling(held_rollouts)}.
 
 Sampling: {_describe_sampling(rollouts)}. Completions cut by the token limit are censored:
 {_CENSORED[settings["censored"]]}, and "at least this long" for the distribution.
@@ -149,6 +152,12 @@ length in tokens; `mse` and `calibration_error` are in the target space.
 {table}
 """
     )
+
+
+def described_data(card: Path) -> str:
+    """The first paragraph of a card's data section; empty where there is none."""
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    return text.partition("## Data")[2].strip().partition("\n\n")[0].replace("\n", " ")
 
 
 def add_evaluation(folder: Path, evaluation: str) -> None:
