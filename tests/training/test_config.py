@@ -66,7 +66,7 @@ def test_shipped_sweeps_are_valid(path: Path) -> None:
         ("heads.colour=red", "f.yaml: heads.work: missing"),
         (
             "heads={work: w, out: o, censored: keep}",
-            "f.yaml: heads.censored: must be one of leave_out, bound, got 'keep'",
+            "f.yaml: heads.censored: must be one of leave_out, bound, impute, got 'keep'",
         ),
         ("training=null", "f.yaml: give exactly one of 'training' and 'heads'"),
         ("training={}", "f.yaml: training.output_dir: missing"),

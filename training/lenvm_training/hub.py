@@ -16,6 +16,8 @@ LEFT_OUT = ("checkpoint-*", "runs/*", "*.partial", ".cache/*")
 CONFIG_FILES = (BACKBONE_CONFIG_FILE, CONFIG_FILE)
 PASSING_STATUS = frozenset({408, 409, 423, 425, 429})
 """Refusals that another try can cure, as those of 500 and above."""
+DAMAGED_UPLOAD = 422
+"""Of a file that did not come as it was announced."""
 FOR_MORE = "For more information check: "
 """How httpx begins a line on what a status means."""
 
@@ -85,7 +87,8 @@ def _kind(error: Exception) -> type[Exception]:
     if not isinstance(cause, HfHubHTTPError):
         return HubError
     status = cause.response.status_code
-    return HubError if status >= 500 or status in PASSING_STATUS else HubRefusalError
+    passing = status >= 500 or status in PASSING_STATUS or (cause is not error and status == DAMAGED_UPLOAD)
+    return HubError if passing else HubRefusalError
 
 
 def _check_folder(folder: Path) -> None:
