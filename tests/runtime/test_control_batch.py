@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 
 from lenvm_kernels.candidates import NO_TOKEN
@@ -105,16 +106,23 @@ def test_guided_rows_are_those_under_control_with_their_own_targets() -> None:
     assert not kept.guided_rows(torch.ones(2), targets[:2], last[:2], closing).has_mean
 
 
-def test_a_least_value_is_its_rows_alone() -> None:
-    batch = build([(None, 3), (LengthControl("equal", target=7), 3), (CHOICES[-2], 3)])
+@pytest.mark.parametrize(
+    ("bound", "bounded", "values"),
+    [
+        ("min_value", CHOICES[-2], [NO_MIN_VALUE, -0.5]),
+        ("max_mean_value", CHOICES[-3], [0.0, -0.25]),
+    ],
+)
+def test_a_bound_is_its_rows_alone(bound: str, bounded: LengthControl, values: list[float]) -> None:
+    batch = build([(None, 3), (LengthControl("equal", target=7), 3), (bounded, 3)])
     assert batch is not None
     closing = torch.zeros(9, dtype=torch.bool)
     rows = batch.guided_rows(torch.zeros(3), torch.ones(3), torch.arange(3), closing)
-    assert rows.has_min_value
-    assert rows.min_value.tolist() == [NO_MIN_VALUE, -0.5]
+    assert getattr(rows, f"has_{bound}")
+    assert getattr(rows, bound).tolist() == values
     filtered = batch.filter([0, 1], torch.tensor([0, 1]))
     assert filtered is not None
-    assert not filtered.guided_rows(torch.zeros(2), torch.ones(2), torch.arange(2), closing).has_min_value
+    assert not getattr(filtered.guided_rows(torch.zeros(2), torch.ones(2), torch.arange(2), closing), f"has_{bound}")
 
 
 def test_the_stops_of_a_row_are_its_ends_beside_the_eos_ids() -> None:
@@ -127,15 +135,3 @@ def test_the_stops_of_a_row_are_its_ends_beside_the_eos_ids() -> None:
     without = batch.filter([1, 2], torch.tensor([1, 2]))
     assert without is not None
     assert without.end_ids(eos) is eos
-
-
-def test_a_greatest_mean_value_is_its_rows_alone() -> None:
-    batch = build([(None, 3), (LengthControl("equal", target=7), 3), (CHOICES[-3], 3)])
-    assert batch is not None
-    closing = torch.zeros(9, dtype=torch.bool)
-    rows = batch.guided_rows(torch.zeros(3), torch.ones(3), torch.arange(3), closing)
-    assert rows.has_max_mean_value
-    assert rows.max_mean_value.tolist() == [0.0, -0.25]
-    filtered = batch.filter([0, 1], torch.tensor([0, 1]))
-    assert filtered is not None
-    assert not filtered.guided_rows(torch.zeros(2), torch.ones(2), torch.arange(2), closing).has_max_mean_value

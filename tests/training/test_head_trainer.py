@@ -268,6 +268,7 @@ def test_candidate_loss_is_the_sum_of_the_means_at_the_state_and_after_the_token
         ({"censored": "keep"}, r"heads\.censored: must be one of leave_out, bound, impute, got 'keep'"),
         ({"train": ()}, r"heads\.train: must name candidate or value or both, got \[\]"),
         ({"train": ("value",)}, r"heads\.train: the other head must come from heads\.start"),
+        ({"train": ("candidate",), "start": "head", "censored": "impute"}, r"heads\.censored: is of the value head"),
         ({"training": {"learning_rat": 1}}, r"heads\.training\.learning_rat: not one of"),
         ({"training": {"num_train_epochs": 1}}, r"heads\.training\.num_train_epochs: is set by the trainer itself"),
         ({"training": {"learning_rate": 1e30}}, r"heads\.training: the candidate head's loss on validation was never"),

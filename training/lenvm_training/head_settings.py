@@ -49,3 +49,5 @@ class HeadsSettings:
             raise ValueError(f"heads.train: must name {' or '.join(HEADS)} or both, got {list(self.train)}")
         if set(self.train) != set(HEADS) and not self.start:
             raise ValueError("heads.train: the other head must come from heads.start")
+        if "value" not in self.train and self.censored != "leave_out":
+            raise ValueError("heads.censored: is of the value head, which heads.train leaves out")
