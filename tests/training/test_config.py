@@ -57,6 +57,8 @@ def test_shipped_sweeps_are_valid(path: Path) -> None:
     [
         ("target.gama=1", "f.yaml: target.gama: unknown key"),
         ("extra=1", "f.yaml: extra: unknown key"),
+        ("target.censored=drop", "f.yaml: target.censored: must be one of leave_out, bound, got 'drop'"),
+        ("target={censored: bound, lam: 0.5}", "f.yaml: target.censored: bound needs target.lam 1"),
         ("target.gamma=2", "f.yaml: target.gamma: must be between 0 and 1, got 2.0"),
         ("model.kind=half", "f.yaml: model.kind: must be one of full, lora, head, got 'half'"),
         ("model.lora.r=wide", "f.yaml: model.lora.r: Input should be a valid integer"),
@@ -68,6 +70,7 @@ def test_shipped_sweeps_are_valid(path: Path) -> None:
             "heads={work: w, out: o, censored: keep}",
             "f.yaml: heads.censored: must be one of leave_out, bound, impute, got 'keep'",
         ),
+        ("heads={work: w, out: o}", "f.yaml: give exactly one of 'training' and 'heads'"),
         ("training=null", "f.yaml: give exactly one of 'training' and 'heads'"),
         ("training={}", "f.yaml: training.output_dir: missing"),
         ("model=3", "f.yaml: model: Input should be a dictionary"),
@@ -78,6 +81,14 @@ def test_a_mistake_is_one_line_that_names_the_key(override: str, message: str) -
         build_experiment(apply_overrides(LEAST, [override]), "f.yaml")
     assert str(raised.value).startswith(message)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("override", ["target.lam=0.5", "target.space=length", "target.censored=bound"])
+def test_heads_take_gamma_alone(override: str) -> None:
+    heads = apply_overrides(LEAST, ["training=null", "heads={work: w, out: o}", "target.gamma=0.99"])
+    assert build_experiment(heads, "f.yaml").target.gamma == 0.99
+    with pytest.raises(ConfigError, match=r"f\.yaml: target: heads take gamma alone"):
+        build_experiment(apply_overrides(heads, [override]), "f.yaml")
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,15 @@ def test_training_learns_and_leaves_a_whole_folder(tmp_path: Path) -> None:
     assert load_lenvm(folder).lenvm_config.target == TARGET
 
 
+def test_cut_completions_are_learned_from_when_asked(tmp_path: Path) -> None:
+    run = replace(make_run(tmp_path), target=replace(TARGET, censored="bound"))
+    train_lenvm(run)
+    card = (tmp_path / "run" / "lenvm" / "README.md").read_text()
+    assert "the least that their states' remaining length can be" in card
+    left_out = train_lenvm(replace(run, training=run.training | {"output_dir": str(tmp_path / "other")}, target=TARGET))
+    assert left_out != json.loads((tmp_path / "run" / "lenvm" / "figures.json").read_text())
+
+
 def gradients(folder: Path, per_device: int, accumulated: int) -> dict[str, torch.Tensor]:
     """Gradients of one optimizer step over the same eight completions, in micro-batches."""
     run = make_run(folder)

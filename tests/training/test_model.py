@@ -156,8 +156,19 @@ def test_the_loss_is_the_mean_squared_error_of_the_states(tmp_path: Path) -> Non
     ]
     assert output.loss.item() == pytest.approx(sum(errors) / len(errors), rel=1e-5)
     assert model(**batch(), labels=labels, num_items_in_batch=100).loss.item() == pytest.approx(sum(errors) / 100)
-    censored = torch.tensor([remaining_labels(3, 6, False), remaining_labels(2, 7, False)])
-    assert model(**batch(), labels=censored).loss.item() == 0
+
+
+def test_a_cut_completion_bounds_the_values_of_its_states(tmp_path: Path) -> None:
+    model = build_lenvm(ModelSettings(str(make_backbone(tmp_path, "llama")), "served"), TARGET)
+    labels = torch.tensor([remaining_labels(3, 6, False), remaining_labels(3, 6, True)])
+    output = model(**batch(), labels=labels, censored=torch.tensor([True, False]))
+    errors = []
+    for b, row in enumerate(labels.tolist()):
+        for t, n in enumerate(row):
+            error = output.predictions[b, t].item() - value_from_length(float(n), 0.9)
+            errors += [max(error, 0) if b == 0 else error] if n >= 0 else []
+    assert len(errors) == 6 + 7
+    assert output.loss.item() == pytest.approx(sum(error**2 for error in errors) / len(errors), rel=1e-5)
 
 
 def test_unusable_folders_say_what_is_wrong(tmp_path: Path) -> None:

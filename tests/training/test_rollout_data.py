@@ -25,7 +25,7 @@ from tiny import VOCAB_SIZE, make_rows, make_tokenizer, write_rows
 def test_batches_hold_the_exact_ids_and_remaining_lengths(tmp_path: Path) -> None:
     rows = load_rollouts([write_rows(tmp_path / "r.jsonl", make_rows(4))])
     dataset = RolloutDataset(rows)
-    assert dataset.num_censored == 1
+    assert dataset.num_left_out == 1
     assert len(dataset) == 15
     batch = RolloutCollator(0)([dataset[index] for index in range(len(dataset))])
     for index, row in enumerate(dataset.rows):
@@ -38,6 +38,17 @@ def test_batches_hold_the_exact_ids_and_remaining_lengths(tmp_path: Path) -> Non
         assert labels[: prompt_len - 1] == [-100] * (prompt_len - 1)
         assert labels[prompt_len - 1 : total] == list(range(length, -1, -1))
         assert set(labels[total:]) <= {-100}
+
+
+def test_cut_completions_have_the_least_that_can_remain(tmp_path: Path) -> None:
+    dataset = RolloutDataset(load_rollouts([write_rows(tmp_path / "r.jsonl", make_rows(4))]), with_censored=True)
+    assert (len(dataset), dataset.num_left_out) == (16, 0)
+    batch = RolloutCollator(0)([dataset[index] for index in range(len(dataset))])
+    (cut,) = batch["censored"].nonzero().flatten().tolist()
+    row = dataset.rows[cut]
+    prompt_len, length = len(row["prompt_token_ids"]), len(row["output_token_ids"])
+    labels = batch["labels"][cut].tolist()
+    assert labels[prompt_len - 1 : prompt_len + length] == [*range(length, 0, -1), -100]
 
 
 def test_less_data_is_a_subset_of_more(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from lenvm_training.rollouts import (
     ChatEncoder,
     RolloutWriteError,
     check_sampling,
+    read_beginnings,
     read_rollouts,
     reserve_files,
     sample_rollouts,
@@ -186,6 +187,66 @@ def test_a_file_belongs_to_one_sampling(tmp_path: Path) -> None:
     assert path.read_bytes() == before
     check_sampling(path, Sampling())
     check_sampling(tmp_path / "none.jsonl", other)
+
+
+def counting_engine(requests: list[dict[str, Any]], stop_at: int) -> httpx.MockTransport:
+    """Goes on counting from the last token of what it is given; an answer ends with ``stop_at``."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        body = json.loads(request.content)
+        requests.append(body)
+        last = body["input_ids"][-1]
+        tokens = list(range(last + 1, last + 1 + body["sampling_params"]["max_new_tokens"]))
+        ended = stop_at in tokens
+        tokens = tokens[: tokens.index(stop_at) + 1] if ended else tokens
+        reason = {"type": "stop" if ended else "length"}
+        return httpx.Response(200, json={"output_ids": tokens, "meta_info": {"finish_reason": reason}})
+
+    return httpx.MockTransport(answer)
+
+
+@pytest.mark.parametrize(("stop_at", "length", "reason"), [(9, 2, "stop"), (11, 4, "stop"), (99, 5, "length")])
+def test_cut_completions_are_gone_on_with_and_ended_ones_taken_over(
+    tmp_path: Path, stop_at: int, length: int, reason: str
+) -> None:
+    short, long = tmp_path / "short.jsonl", tmp_path / "long.jsonl"
+    sampling = Sampling(max_new_tokens=5)
+    sample(short, counting_engine([], stop_at), sampling=Sampling(max_new_tokens=3))
+    begun = read_beginnings([short], ChatEncoder(Tokenizer()).fingerprint, sampling)
+    requests: list[dict[str, Any]] = []
+    assert sample(long, counting_engine(requests, stop_at), sampling=sampling, beginnings=begun) == 10
+    for row in read_rollouts(long):
+        assert row["output_token_ids"] == list(range(8, 8 + length))
+        assert row["finish_reason"] == reason
+        assert row["sampling"]["max_new_tokens"] == 5
+    assert len(requests) == (0 if stop_at == 9 else 10)
+    assert all(request["sampling_params"]["max_new_tokens"] == 2 for request in requests)
+    assert sorted(map(key_and_length, load_rollouts([short, long]))) == sorted(map(key_and_length, read_rollouts(long)))
+
+
+def key_and_length(row: dict[str, Any]) -> tuple[str, int, int]:
+    return row["prompt_id"], row["sample"], len(row["output_token_ids"])
+
+
+def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "short.jsonl"
+    sample(path, counting_engine([], 99), sampling=Sampling(max_new_tokens=3))
+    fingerprint = ChatEncoder(Tokenizer()).fingerprint
+    begun = read_beginnings([path], fingerprint, Sampling(max_new_tokens=5))
+    others = [Prompt("p0", "math", [{"role": "user", "content": "8"}])]
+    with pytest.raises(ValueError, match="prompt p0: not the one"):
+        sample(tmp_path / "long.jsonl", counting_engine([], 99), prompts=others, beginnings=begun)
+    for paths, sampling, message in (
+        ([path], Sampling(max_new_tokens=2), "max_new_tokens 3, not 2"),
+        ([path], Sampling(temperature=0.5), "temperature 1.0, not 0.5"),
+        ([path], Sampling(repetition_penalty=1.1), "repetition penalty"),
+        ([path, path], Sampling(), "there twice"),
+        ([tmp_path / "none.jsonl"], Sampling(), "no such file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_beginnings(paths, fingerprint, sampling)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        read_beginnings([path], "other", Sampling())
 
 
 def test_a_stalled_request_is_given_up_and_tried_again(tmp_path: Path) -> None:

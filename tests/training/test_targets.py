@@ -13,6 +13,7 @@ from lenvm_training.targets import (
     DiscountedReturn,
     NormalisedLength,
     TargetConfig,
+    censored_errors,
     lambda_returns,
     mean_target,
     remaining_labels,
@@ -69,10 +70,20 @@ def test_the_mean_target_is_that_of_all_states(config: TargetConfig, lengths: li
 def test_labels_run_from_the_last_prompt_token_to_the_end(prompt_len: int, output_len: int, finished: bool) -> None:
     labels = remaining_labels(prompt_len, output_len, finished)
     assert len(labels) == prompt_len + output_len
-    if finished:
-        assert labels[prompt_len - 1] == output_len
-        assert labels[-1] == 0
-    assert sum(label != IGNORED for label in labels) == (output_len + 1 if finished else 0)
+    assert labels[prompt_len - 1] == output_len
+    assert labels[-1] == (0 if finished else IGNORED)
+    assert sum(label != IGNORED for label in labels) == output_len + finished
+
+
+@given(CONFIGS, st.lists(st.integers(1, 60), min_size=1, max_size=6), st.integers(1, 60))
+def test_a_censored_state_is_wrong_only_below_its_bound(config: TargetConfig, predicted: list[int], least: int) -> None:
+    space = config.build_space()
+    predictions = space.target(torch.tensor([predicted, predicted], dtype=torch.float64))
+    targets = space.target(torch.full_like(predictions, least))
+    errors = censored_errors(predictions - targets, torch.tensor([True, False]), space)
+    assert torch.equal(errors[1], predictions[1] - targets[1])
+    for error, length in zip((errors[0]).tolist(), predicted, strict=True):
+        assert (error != 0) == (length < least)
 
 
 def by_definition(predictions: list[float], gamma: float, lam: float) -> list[float]:

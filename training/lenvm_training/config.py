@@ -66,13 +66,15 @@ class RolloutSettings:
 
     ``engine_url`` (or LENVM_ENGINE_URL) is the served model's address without ``/v1``, ``api`` how it is spoken to
     (OPENAI_API_KEY is sent where it is set); when it is empty the engine is started for the run, with SGLang's own
-    ``engine_arguments``.
+    ``engine_arguments``. ``extend``: rollout files of a lower token limit; their completions of these prompts are gone
+    on with where they were cut, and taken over where they ended.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = STRICT
 
     out: str
     eval_out: str
+    extend: tuple[str, ...] = ()
     samples: int = 16
     eval_samples: int = 64
     sampling: Sampling = field(default_factory=Sampling)
@@ -133,6 +135,8 @@ class Experiment:
             raise ValueError("give exactly one of 'training' and 'heads'")
         if self.training is not None and not self.training.get("output_dir"):
             raise ValueError("training.output_dir: missing")
+        if self.heads is not None and self.target != TargetConfig(gamma=self.target.gamma):
+            raise ValueError("target: heads take gamma alone, and discounted returns ('heads.censored' is theirs)")
 
     @property
     def output_dir(self) -> str:

@@ -30,17 +30,20 @@ from lenvm_training.rollout_data import DataSettings, check_tokenizer, load_roll
 from lenvm_training.rollout_files import as_lists, print_figures, say, write_lines
 from lenvm_training.rollout_report import write_length_report
 from lenvm_training.rollouts import (
+    Beginnings,
     CachedEncoder,
     ChatEncoder,
     ImageChatEncoder,
     PromptEncoder,
     check_sampling,
+    read_beginnings,
     read_rollouts,
     reserve_files,
     sample_rollouts,
 )
 from lenvm_training.self_prompts import TURN, EmptyTurnEncoder, prompts_from_turns
 from lenvm_training.targets import DiscountedReturn
+from lenvm_training.tokens import tokenizer_fingerprint
 
 TEMPLATE_DOMAINS = ("short_long", "requested")
 ENGINE_URL, SERVED_MODEL = "LENVM_ENGINE_URL", "LENVM_MODEL"
@@ -97,12 +100,13 @@ def write_rollouts(experiment: Experiment, command: Sequence[str]) -> None:
         (_read_prompts(experiment.prompts.out), settings.out, settings.samples),
     )
     _check_before_sampling(experiment, settings.sampling, Path(settings.out), Path(settings.eval_out))
+    begun = _beginnings(experiment)
     if not _engine_url(experiment):
         _run_with_engine(experiment, command)
     for prompts, out, samples in parts:
         encoder = CachedEncoder(_encoder(experiment, prompts))
         kept = [prompt for prompt in prompts if len(encoder.encode(prompt)) <= settings.max_prompt_tokens]
-        added = asyncio.run(_sample(experiment, kept, encoder, Path(out), samples, settings.sampling))
+        added = asyncio.run(_sample(experiment, kept, encoder, Path(out), samples, settings.sampling, begun))
         say(f"{out}: {added} completions added; {len(prompts) - len(kept)} prompts were too long")
         write_length_report(load_rollouts([out]), Path(out).with_suffix(""))
 
@@ -118,6 +122,14 @@ def _check_before_sampling(experiment: Experiment, sampling: Sampling, *paths: P
     reserve_files(_rollout_settings(experiment).concurrency)
     for path in paths:
         check_sampling(path, sampling)
+
+
+def _beginnings(experiment: Experiment) -> Beginnings:
+    settings = _rollout_settings(experiment)
+    if not settings.extend:
+        return {}
+    fingerprint = tokenizer_fingerprint(load_tokenizer(_served_folder(experiment)))
+    return read_beginnings([Path(path).expanduser() for path in settings.extend], fingerprint, settings.sampling)
 
 
 def _encoder(experiment: Experiment, prompts: Sequence[Prompt]) -> PromptEncoder:
@@ -136,6 +148,7 @@ async def _sample(
     path: Path,
     samples: int,
     sampling: Sampling,
+    beginnings: Beginnings | None = None,
 ) -> int:
     settings = _rollout_settings(experiment)
     stop = asyncio.Event()
@@ -153,6 +166,7 @@ async def _sample(
         settings.api,
         Retry(timeout_s=settings.timeout_s),
         stop=stop,
+        beginnings=beginnings,
     )
     if stop.is_set():
         raise KeyboardInterrupt

@@ -44,6 +44,7 @@ from lenvm_training.rollout_data import (
     select_eval_rollouts,
     select_rollouts,
 )
+from lenvm_training.rollouts import FINISHED
 from lenvm_training.targets import TargetConfig, mean_target
 
 RESULT_FOLDER = "lenvm"
@@ -94,7 +95,7 @@ def train_lenvm(run: LenVMRun) -> dict[str, float]:
         claim_output(output, TypeAdapter(LenVMRun).dump_json(run, indent=2).decode() + "\n")
         checkpoint = last_checkpoint(output)
     torch.manual_seed(arguments.seed)
-    train, held_out = _load_datasets(run.data)
+    train, held_out = _load_datasets(run.data, run.target)
     lengths = [len(row["output_token_ids"]) for row in train.rows]
     model = build_lenvm(run.model, run.target, mean_target(lengths, run.target.build_space()))
     folder = resolve_folder(run.model.backbone)
@@ -160,9 +161,9 @@ def last_checkpoint(output: Path) -> str | None:
     return None
 
 
-def _load_datasets(settings: DataSettings) -> tuple[RolloutDataset, RolloutDataset | None]:
-    train = RolloutDataset(select_rollouts(load_rollouts(settings.rollouts), settings))
-    if not len(train):
+def _load_datasets(settings: DataSettings, target: TargetConfig) -> tuple[RolloutDataset, RolloutDataset | None]:
+    train = RolloutDataset(select_rollouts(load_rollouts(settings.rollouts), settings), target.censored != "leave_out")
+    if not any(row["finish_reason"] == FINISHED for row in train.rows):
         raise ValueError(f"data.rollouts: no finished completion within {settings.max_tokens} tokens")
     if not settings.eval_rollouts:
         return train, None

@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 from lenvm_kernels.checkpoint import load_value_head, read_config, save_value_head
 from lenvm_kernels.checkpoint_files import CANDIDATE_FILE, CONFIG_FILE, VALUE_FILE, CheckpointError
 from lenvm_kernels.heads import ValueHead
-from lenvm_training.targets import IGNORED, TargetConfig, lambda_returns
+from lenvm_training.targets import IGNORED, TargetConfig, censored_errors, lambda_returns
 
 FAMILY_GAMMA = {"qwen2": 0.997, "qwen2_5_vl": 0.997, "qwen3": 0.9998, "qwen3_moe": 0.9998}
 KINDS = ("full", "lora", "head")
@@ -145,12 +145,14 @@ class LenVM(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor,
         labels: Tensor | None = None,
+        censored: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **inputs: Any,
     ) -> ModelOutput:
         """``predictions`` fp32 [B, T] in the target space, and ``loss`` where ``labels`` are given.
 
-        ``labels`` int64 [B, T] are remaining lengths (`targets.remaining_labels`). The loss is the sum of
+        ``labels`` int64 [B, T] are remaining lengths (`targets.remaining_labels`), of ``censored`` rows (bool [B])
+        the least that they can be (`targets.censored_errors`). The loss is the sum of
         squared errors over ``num_items_in_batch`` states: the token mean of the whole step, however it is
         split into micro-batches and devices; over the states of this batch when it is not given.
         ``inputs`` go to the backbone (images of a vision-language one).
@@ -162,13 +164,19 @@ class LenVM(nn.Module):
             predictions = self.space.prediction(self.value_head.raw_value(states))
         if labels is None:
             return ModelOutput(predictions=predictions)
-        return ModelOutput(loss=self._loss(predictions, labels, num_items_in_batch), predictions=predictions)
+        return ModelOutput(loss=self._loss(predictions, labels, censored, num_items_in_batch), predictions=predictions)
 
-    def _loss(self, predictions: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+    def _loss(
+        self, predictions: Tensor, labels: Tensor, censored: Tensor | None, num_items: Tensor | int | None
+    ) -> Tensor:
         is_state = labels != IGNORED
         targets = lambda_returns(predictions.detach(), labels, self.space, self.lenvm_config.target.lam)
-        errors = (predictions - targets).square().masked_fill(~is_state, 0)
-        return errors.sum() / (is_state.sum().clamp_min(1) if num_items is None else num_items)
+        errors = predictions - targets
+        if censored is not None:
+            errors = censored_errors(errors, censored, self.space)
+        return errors.square().masked_fill(~is_state, 0).sum() / (
+            is_state.sum().clamp_min(1) if num_items is None else num_items
+        )
 
 
 def build_lenvm(settings: ModelSettings, target: TargetConfig, start: Tensor | None = None) -> LenVM:

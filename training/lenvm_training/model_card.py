@@ -132,7 +132,7 @@ much of the answer is still to come. It describes the served model sampled as be
 
 ## Data
 
-{_describe(train.rows)} {train.num_censored} more were cut by the token limit and have no target.
+{_describe(train.rows)} {_describe_cut(train)}
 
 {held}
 
@@ -151,6 +151,14 @@ length in tokens; `mse` and `calibration_error` are in the target space.
 | --- | --- |
 {table}
 """
+    )
+
+
+def _describe_cut(train: RolloutDataset) -> str:
+    if train.num_left_out:
+        return f"{train.num_left_out} more were cut by the token limit and have no target."
+    return (
+        "Of those cut by the token limit, what they still had is the least that their states' remaining length can be."
     )
 
 

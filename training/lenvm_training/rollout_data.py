@@ -56,6 +56,7 @@ class DataSettings:
 def load_rollouts(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
     """All rows of rollout files of one tokenizer, token ids as int32 arrays, without aborted completions.
 
+    Of a completion that was gone on with in another file, or is in two of them, the longer row is kept.
     Raises RolloutFileError.
     """
     rows: list[dict[str, Any]] = []
@@ -71,7 +72,26 @@ def load_rollouts(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
         raise RolloutFileError(f"rollouts of different tokenizers: {' and '.join(list(tokenizers.values())[:2])}")
     if not rows:
         raise RolloutFileError(f"no rollouts in {', '.join(map(str, paths)) or 'no file'}")
-    return rows
+    return _without_beginnings(rows)
+
+
+def _without_beginnings(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that are not the beginning of (or the same as) a kept one of the same prompt and sample."""
+    kept: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=_num_tokens, reverse=True):
+        longer = kept.setdefault((row["prompt_id"], row["sample"]), [])
+        if not any(_begins(row, other) for other in longer):
+            longer.append(row)
+    wanted = {id(row) for group in kept.values() for row in group}
+    return [row for row in rows if id(row) in wanted]
+
+
+def _begins(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    length = len(row["output_token_ids"])
+    return bool(
+        row["prompt_token_ids"] == other["prompt_token_ids"]
+        and row["output_token_ids"] == other["output_token_ids"][:length]
+    )
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -149,14 +169,14 @@ def check_tokenizer(rows: Sequence[dict[str, Any]], tokenizer: Any, vocab_size: 
 
 
 class RolloutDataset(torch.utils.data.Dataset[dict[str, Any]]):
-    """One completion an item: ``input_ids``, ``labels`` (remaining lengths), ``images`` (paths), ``name``.
+    """One completion an item: ``input_ids``, ``labels`` (remaining lengths), ``censored``, ``images``, ``name``.
 
-    Censored rows (cut by the token limit) are left out: they have no target.
+    Censored rows (cut by the token limit) are there only ``with_censored``; their labels are the least that can remain.
     """
 
-    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
-        self.rows = [row for row in rows if row["finish_reason"] == FINISHED]
-        self.num_censored = len(rows) - len(self.rows)
+    def __init__(self, rows: Sequence[dict[str, Any]], with_censored: bool = False) -> None:
+        self.rows = [row for row in rows if with_censored or row["finish_reason"] == FINISHED]
+        self.num_left_out = len(rows) - len(self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -164,9 +184,11 @@ class RolloutDataset(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
         prompt, output = row["prompt_token_ids"], row["output_token_ids"]
+        finished = row["finish_reason"] == FINISHED
         return {
             "input_ids": prompt + output,
-            "labels": remaining_labels(len(prompt), len(output), finished=True),
+            "labels": remaining_labels(len(prompt), len(output), finished),
+            "censored": not finished,
             "images": row.get("images", []),
             "name": f"prompt {row['prompt_id']} sample {row['sample']}",
         }
@@ -175,6 +197,7 @@ class RolloutDataset(torch.utils.data.Dataset[dict[str, Any]]):
 class RolloutCollator:
     """Items of `RolloutDataset` -> ``input_ids``, ``attention_mask``, ``labels`` [B, T], padded on the right.
 
+    ``censored`` bool [B] is there when one is.
     With an ``image_processor`` (of a vision-language backbone), also its tensors and ``mm_token_type_ids``.
     """
 
@@ -190,6 +213,8 @@ class RolloutCollator:
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
             "labels": pad_sequence([torch.tensor(item["labels"]) for item in items], True, IGNORED),
         }
+        if any(item.get("censored") for item in items):
+            batch["censored"] = torch.tensor([item["censored"] for item in items])
         return batch | self._image_tensors(items, batch["input_ids"])
 
     def _image_tensors(self, items: Sequence[dict[str, Any]], input_ids: Tensor) -> dict[str, Tensor]:

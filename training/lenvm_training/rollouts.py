@@ -4,6 +4,9 @@ One row a completion: ``{"prompt_id", "domain", "sample", "prompt_token_ids", "o
 "finish_reason", "sampling", "tokenizer"}`` and ``images`` where the prompt has some.
 ``output_token_ids`` includes the end token of a finished answer; ``tokenizer`` is the fingerprint of
 the vocabulary. A run that is started again samples only what is missing (or was aborted), with the same sampling.
+
+Completions that were cut by a lower token limit can be gone on with (`Beginnings`): given its first tokens, the rest
+of a completion has the distribution that it would have had in one piece.
 """
 
 from __future__ import annotations
@@ -15,16 +18,16 @@ import os
 import random
 import resource
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
 from tqdm import tqdm
 
-from lenvm_training.endpoints import ABORTED, Endpoint, Request, Retry, Sampling, connect
+from lenvm_training.endpoints import ABORTED, Completion, Endpoint, Request, Retry, Sampling, connect
 from lenvm_training.prompts import Prompt
 from lenvm_training.tokens import tokenizer_fingerprint
 
@@ -35,6 +38,9 @@ POOL_CONNECTIONS = 64
 """Connections a client: the time httpx spends in choosing one grows with more than the square of their number."""
 SPARE_FILES = 256
 IDENTIFYING_FIELDS = ("prompt_id", "sample", "finish_reason")
+
+Beginnings = Mapping[tuple[str, int], dict[str, Any]]
+"""Rows sampled with a lower token limit, by prompt id and sample: cut ones are gone on with, ended ones taken over."""
 
 
 class RolloutWriteError(RuntimeError):
@@ -104,8 +110,11 @@ async def sample_rollouts(
     retry: Retry | None = None,
     stop: asyncio.Event | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
+    beginnings: Beginnings | None = None,
 ) -> int:
     """Append the missing completions to ``path``, in shuffled order; return how many were added.
+
+    Those of ``beginnings`` are not begun anew.
 
     Once ``stop`` is set no new completion is begun, and those under way are finished: cutting them off
     would leave out the long ones. Raises EngineError when the engine stays down, RolloutWriteError when
@@ -133,7 +142,8 @@ async def sample_rollouts(
                 for prompt, sample in queue:
                     if stop is not None and stop.is_set():
                         return
-                    row = await _sample_one(endpoint, prompt, sample, encoder, sampling)
+                    begun = (beginnings or {}).get((prompt.id, sample))
+                    row = await _sample_one(endpoint, prompt, sample, encoder, sampling, begun)
                     write(row)
                     progress.count(row)
                     added += 1
@@ -239,12 +249,14 @@ def check_sampling(path: Path, sampling: Sampling) -> None:
             _check_sampling(path, row, sampling)
 
 
-def _check_sampling(path: Path, row: dict[str, Any], sampling: Sampling) -> None:
+def _check_sampling(
+    path: Path, row: dict[str, Any], sampling: Sampling, advice: str = "; write to another file"
+) -> None:
     there = row.get("sampling", {})
     for name, value in asdict(sampling).items():
         if there.get(name) != value:
             known = there.get(name, "unknown")
-            raise ValueError(f"{path}: holds rollouts sampled with {name} {known}, not {value}; write to another file")
+            raise ValueError(f"{path}: holds rollouts sampled with {name} {known}, not {value}{advice}")
 
 
 def _completed(path: Path, fingerprint: str, sampling: Sampling) -> set[tuple[str, int]]:
@@ -282,11 +294,19 @@ def prompt_token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
 
 
 async def _sample_one(
-    endpoint: Endpoint, prompt: Prompt, sample: int, encoder: PromptEncoder, sampling: Sampling
+    endpoint: Endpoint,
+    prompt: Prompt,
+    sample: int,
+    encoder: PromptEncoder,
+    sampling: Sampling,
+    begun: dict[str, Any] | None,
 ) -> dict[str, Any]:
     token_ids = encoder.encode(prompt)
-    request = Request(prompt.id, token_ids, prompt.messages, prompt.images)
-    completion = await endpoint.complete(request, sampling)
+    if begun is None:
+        request = Request(prompt.id, token_ids, prompt.messages, prompt.images)
+        completion = await endpoint.complete(request, sampling)
+    else:
+        completion = await _go_on(endpoint, prompt.id, token_ids, sampling, begun)
     row = {
         "prompt_id": prompt.id,
         "domain": prompt.domain,
@@ -298,3 +318,44 @@ async def _sample_one(
         "tokenizer": encoder.fingerprint,
     }
     return row | ({"images": list(prompt.images)} if prompt.images else {})
+
+
+async def _go_on(
+    endpoint: Endpoint, prompt_id: str, token_ids: list[int], sampling: Sampling, begun: dict[str, Any]
+) -> Completion:
+    """The completion that begins with ``begun``: itself where it ended, with what comes after it where it was cut."""
+    if begun["prompt_token_ids"] != token_ids:
+        raise ValueError(f"prompt {prompt_id}: not the one that the completion to go on with was sampled from")
+    written = begun["output_token_ids"]
+    left = sampling.max_new_tokens - len(written)
+    if begun["finish_reason"] != TRUNCATED or not left:
+        return Completion(written, begun["finish_reason"])
+    rest = await endpoint.complete(Request(prompt_id, token_ids + written), replace(sampling, max_new_tokens=left))
+    return Completion(written + rest.token_ids, rest.finish_reason)
+
+
+def read_beginnings(paths: Iterable[Path], fingerprint: str, sampling: Sampling) -> Beginnings:
+    """Completions to go on with, of the tokenizer ``fingerprint`` and of ``sampling`` with at most its token limit.
+
+    Raises ValueError: other tokenizer or sampling, two completions of one name, or what cannot be cut in two (images;
+    a repetition penalty, which a server may count over the answer alone).
+    """
+    if sampling.repetition_penalty != 1:
+        raise ValueError("rollouts.extend: not with a repetition penalty")
+    beginnings: dict[tuple[str, int], dict[str, Any]] = {}
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        for row in read_rollouts(path):
+            key = (row["prompt_id"], row["sample"])
+            limit = row.get("sampling", {}).get("max_new_tokens", 0)
+            _check_sampling(path, row, replace(sampling, max_new_tokens=min(limit, sampling.max_new_tokens)), "")
+            if row.get("tokenizer") != fingerprint:
+                raise ValueError(f"{path}: holds rollouts of another tokenizer")
+            if row.get("images"):
+                raise ValueError(f"{path}: prompt {key[0]}: has images; its completions cannot be gone on with")
+            if key in beginnings:
+                raise ValueError(f"{path}: prompt {key[0]} sample {key[1]} is there twice")
+            if row["finish_reason"] != ABORTED:
+                beginnings[key] = row
+    return beginnings

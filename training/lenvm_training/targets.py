@@ -22,12 +22,16 @@ from torch import Tensor
 
 from lenvm_kernels.length_value import bellman_step, length_from_value, value_from_length, value_from_raw
 
+CENSORED = ("leave_out", "bound")
 IGNORED = -100
 """Label of positions that are no target (transformers' own convention)."""
 
 
 class TargetSpace(Protocol):
     """One scale of remaining lengths. Tensors are float, any shape; results have the shape of the argument."""
+
+    rises: ClassVar[bool]
+    """Whether targets rise with the remaining length."""
 
     def target(self, length: Tensor) -> Tensor:
         """The regression target of remaining lengths >= 0 (tokens)."""
@@ -49,6 +53,7 @@ class TargetSpace(Protocol):
 class DiscountedReturn:
     """-(1 - gamma ** n) in (-1, 0], predicted as -sigmoid(raw): the published form."""
 
+    rises: ClassVar[bool] = False
     gamma: float
 
     def target(self, length: Tensor) -> Tensor:
@@ -71,6 +76,8 @@ class DiscountedReturn:
 class RawLength:
     """n, predicted as softplus(raw)."""
 
+    rises: ClassVar[bool] = True
+
     def target(self, length: Tensor) -> Tensor:
         return length
 
@@ -91,6 +98,7 @@ class RawLength:
 class NormalisedLength:
     """min(n / max_length, 1), predicted as sigmoid(raw)."""
 
+    rises: ClassVar[bool] = True
     max_length: int
 
     def target(self, length: Tensor) -> Tensor:
@@ -113,6 +121,8 @@ class NormalisedLength:
 class LogLength:
     """log(1 + n), predicted as softplus(raw)."""
 
+    rises: ClassVar[bool] = True
+
     def target(self, length: Tensor) -> Tensor:
         return torch.log1p(length)
 
@@ -131,7 +141,11 @@ class LogLength:
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """Which space, with what parameters; ``lam`` < 1 mixes in the model's own estimates (lambda-returns)."""
+    """Which space, with what parameters; ``lam`` < 1 mixes in the model's own estimates (lambda-returns).
+
+    ``censored``: what completions cut by the token limit do: ``leave_out``, or ``bound``: the tokens that a state of
+    one still had are the least that its remaining length can be, and a prediction of less than that is an error.
+    """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
@@ -139,8 +153,15 @@ class TargetConfig:
     gamma: float = 0.997
     max_length: int = 4096
     lam: float = 1.0
+    censored: str = "leave_out"
 
     def __post_init__(self) -> None:
+        if self.censored not in CENSORED:
+            raise ValueError(f"target.censored: must be one of {', '.join(CENSORED)}, got {self.censored!r}")
+        if self.censored == "bound" and self.lam != 1:
+            raise ValueError(
+                "target.censored: bound needs target.lam 1: lambda-returns start from the end of an answer"
+            )
         if self.space not in SPACES:
             raise ValueError(f"target.space: must be one of {', '.join(SPACES)}, got {self.space!r}")
         if not 0 < self.gamma < 1:
@@ -164,14 +185,22 @@ SPACES: dict[str, Callable[[TargetConfig], TargetSpace]] = {
 
 
 def remaining_labels(prompt_len: int, output_len: int, finished: bool) -> list[int]:
-    """Remaining length of each position of prompt + completion; IGNORED where there is no target.
+    """Remaining length of each position of prompt + completion; IGNORED where there is no state.
 
     States run from the prompt's last token (``output_len`` to come) to the end token (0 to come). A
-    completion that was cut off is censored: its length is unknown, so it has no target at all.
+    completion that was cut off is censored: its labels are the least that can be to come, and its last token,
+    of which nothing is known, has none.
     """
-    if not finished:
-        return [IGNORED] * (prompt_len + output_len)
-    return [IGNORED] * (prompt_len - 1) + list(range(output_len, -1, -1))
+    end = 0 if finished else IGNORED
+    return [IGNORED] * (prompt_len - 1) + list(range(output_len, 0, -1)) + [end]
+
+
+def censored_errors(errors: Tensor, censored: Tensor, space: TargetSpace) -> Tensor:
+    """``errors`` (prediction - target) [B, T] with those of ``censored`` rows (bool [B]) kept only where the
+    prediction stands for less than the least remaining length that the target stands for; 0 elsewhere.
+    """
+    known = errors.clamp_max(0) if space.rises else errors.clamp_min(0)
+    return torch.where(censored[:, None], known, errors)
 
 
 def mean_target(lengths: Sequence[int], space: TargetSpace) -> Tensor:
