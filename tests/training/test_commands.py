@@ -203,6 +203,8 @@ def test_a_sweep_of_heads_computes_each_state_once(tmp_path: Path, monkeypatch: 
     assert sum(computed) == len(rows) + len(eval_rows)
     table = Path("sweep/sweep.md").read_text()
     assert "served coverage" in table
+    assert "head boundary_tau" in table
+    assert Path("sweep/sweep.png").stat().st_size > 0
     for name, count in (("32", 32), ("80", 80), ("all", 160)):
         assert f"\n| {name} |" in table
         card = Path(f"sweep/{name}/head/README.md").read_text()

@@ -15,6 +15,8 @@ mpl.use("Agg")  # no display is needed
 
 import matplotlib.pyplot as plt
 
+SWEEP_COLUMNS = 4
+
 
 @contextmanager
 def _axes(path: Path, title: str, x_label: str, y_label: str) -> Iterator[Any]:
@@ -70,8 +72,17 @@ def plot_lengths(path: Path, lengths: Mapping[str, Sequence[int]]) -> None:
 
 
 def plot_sweep(path: Path, name: str, settings: Sequence[str], figures: Mapping[str, Sequence[float]]) -> None:
-    """Each figure over the settings of a sweep, in their order."""
-    with _axes(path, f"Sweep of {name}", name, "") as axes:
-        for label, values in figures.items():
-            axes.plot(range(len(values)), values, marker="o", label=label)
-        axes.set_xticks(range(len(settings)), settings)
+    """Each figure over the settings of a sweep, in their order: a panel a figure, since their scales differ."""
+    rows = -(-len(figures) // SWEEP_COLUMNS)
+    figure, panels = plt.subplots(
+        rows, SWEEP_COLUMNS, figsize=(4 * SWEEP_COLUMNS, 2.5 * rows), squeeze=False, layout="constrained"
+    )
+    for panel in panels.flat[len(figures) :]:
+        panel.remove()
+    for panel, (label, values) in zip(panels.flat, figures.items(), strict=False):
+        panel.plot(range(len(values)), values, marker="o")
+        panel.set_xticks(range(len(settings)), settings)
+        panel.set_title(label)
+    figure.suptitle(name)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

@@ -17,9 +17,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from lenvm_training import plots
 from lenvm_training.config import ConfigError, Experiment, apply_overrides, build_experiment, load_yaml
+from lenvm_training.model_card import FIGURES_FILE
 
 SHOWN = ("tau", "mre", "mse")
 STATE_FIGURES = ("mse", "mre_50", "tau_50")
+HEAD_FIGURES = ("early_mse_over_position", "boundary_tau", "boundary_mre", "interval_coverage")
+"""Of a head's own figures, those that count completions cut by the token limit too."""
 SETTINGS_FILE = "experiment.json"
 DECISIVE = {"model", "data", "target", "training", "heads", "evaluation"}
 """Sections of an experiment that its figures depend on."""
@@ -81,7 +84,7 @@ def run_sweep(
         if not path.exists():
             say(f"{sweep.name}: {name}")
             run(experiment)
-        results[name] = _figures(json.loads(path.read_text()))
+        results[name] = _figures(json.loads(path.read_text())) | _head_figures(experiment)
     _write(sweep, results)
     return results
 
@@ -101,6 +104,13 @@ def _figures(evaluation: dict[str, Any]) -> dict[str, float]:
     states = {f"states {name}": evaluation["states"][name] for name in STATE_FIGURES}
     served = {f"served {name}": value for name, value in evaluation["served"].get("all", {}).items()}
     return boundary | states | served
+
+
+def _head_figures(experiment: Experiment) -> dict[str, float]:
+    if experiment.heads is None:
+        return {}
+    figures = json.loads((Path(experiment.heads.out) / FIGURES_FILE).read_text())
+    return {f"head {name}": figures[name] for name in HEAD_FIGURES if name in figures}
 
 
 def _write(sweep: Sweep, results: dict[str, dict[str, float]]) -> None:
