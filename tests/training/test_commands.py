@@ -108,6 +108,33 @@ def test_the_references_yaml_is_converted_and_not_run(tmp_path: Path, capsys: py
     assert "convert it with lenvm convert-config" in capsys.readouterr().err
 
 
+def test_rollouts_go_on_under_a_higher_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path)
+    files = ["rollouts.out=long.jsonl", "rollouts.eval_out=long_eval.jsonl", "rollouts.sampling.max_new_tokens=700"]
+    extend = "rollouts.extend=[rollouts.jsonl, eval.jsonl]"
+    with local_engine() as url:
+        for step in (commands.prompts, commands.rollouts):
+            assert step([config, f"rollouts.engine_url={url}"]) == 0
+        before = lines("rollouts.jsonl")
+        before[0] |= {"finish_reason": "length", "output_token_ids": [5]}
+        write_rows(Path("rollouts.jsonl"), before)
+        capsys.readouterr()
+        assert commands.rollouts([config, f"rollouts.engine_url={url}", extend, *files]) == 0
+        count = len(before) + len(lines("eval.jsonl"))
+        assert (
+            f"{count} of {count} completions of rollouts.jsonl, eval.jsonl are gone on with" in capsys.readouterr().err
+        )
+        after = {(row["prompt_id"], row["sample"]): row for row in lines("long.jsonl")}
+        for row in before:
+            longer = after[row["prompt_id"], row["sample"]]["output_token_ids"]
+            assert longer[: len(row["output_token_ids"])] == row["output_token_ids"]
+            assert (longer == row["output_token_ids"]) == (row["finish_reason"] == "stop")
+        others = ["rollouts.extend=[other.jsonl]", *files]
+        write_rows(Path("other.jsonl"), [before[0] | {"prompt_id": "other"}])
+        assert commands.rollouts([config, f"rollouts.engine_url={url}", *others]) == 2
+        assert "rollouts.extend: other.jsonl: no completion of these prompts" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("command", "override", "message"),
     [

@@ -105,7 +105,9 @@ def gradients(folder: Path, per_device: int, accumulated: int) -> dict[str, torc
     )
     optimizer = Recorder(model.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    dataset = RolloutDataset(make_rows(3, 0)[:8])
+    rows = make_rows(3, 0)[:8]
+    rows[1]["finish_reason"] = rows[6]["finish_reason"] = "length"
+    dataset = RolloutDataset(rows, with_censored=True)
     trainer = LenVMTrainer(
         model=model,
         args=arguments,

@@ -20,6 +20,7 @@ from lenvm_training.rollouts import (
     CachedEncoder,
     ChatEncoder,
     RolloutWriteError,
+    check_beginnings,
     check_sampling,
     read_beginnings,
     read_rollouts,
@@ -221,11 +222,18 @@ def test_cut_completions_are_gone_on_with_and_ended_ones_taken_over(
         assert row["sampling"]["max_new_tokens"] == 5
     assert len(requests) == (0 if stop_at == 9 else 10)
     assert all(request["sampling_params"]["max_new_tokens"] == 2 for request in requests)
-    assert sorted(map(key_and_length, load_rollouts([short, long]))) == sorted(map(key_and_length, read_rollouts(long)))
+    assert load_rollouts([long, short]) == load_rollouts([short, long]) == load_rollouts([long])
+    assert len(load_rollouts([short, short])) == 20, "completions that nothing was begun with all count"
 
 
-def key_and_length(row: dict[str, Any]) -> tuple[str, int, int]:
-    return row["prompt_id"], row["sample"], len(row["output_token_ids"])
+def test_an_end_at_the_very_limit_is_an_end(tmp_path: Path) -> None:
+    path = tmp_path / "short.jsonl"
+    sample(path, counting_engine([], 10), sampling=Sampling(max_new_tokens=3))
+    rows = list(read_rollouts(path))
+    rows[0]["finish_reason"] = "length"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    begun = read_beginnings([path], ChatEncoder(Tokenizer()).fingerprint, Sampling(max_new_tokens=5))
+    assert {row["finish_reason"] for row in begun.values()} == {"stop"}
 
 
 def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path) -> None:
@@ -234,8 +242,9 @@ def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path) -> None:
     fingerprint = ChatEncoder(Tokenizer()).fingerprint
     begun = read_beginnings([path], fingerprint, Sampling(max_new_tokens=5))
     others = [Prompt("p0", "math", [{"role": "user", "content": "8"}])]
+    assert check_beginnings(begun, PROMPTS[:2], ChatEncoder(Tokenizer()), 3) == 4
     with pytest.raises(ValueError, match="prompt p0: not the one"):
-        sample(tmp_path / "long.jsonl", counting_engine([], 99), prompts=others, beginnings=begun)
+        check_beginnings(begun, others, ChatEncoder(Tokenizer()), 1)
     for paths, sampling, message in (
         ([path], Sampling(max_new_tokens=2), "max_new_tokens 3, not 2"),
         ([path], Sampling(temperature=0.5), "temperature 1.0, not 0.5"),

@@ -35,6 +35,7 @@ from lenvm_training.rollouts import (
     ChatEncoder,
     ImageChatEncoder,
     PromptEncoder,
+    check_beginnings,
     check_sampling,
     read_beginnings,
     read_rollouts,
@@ -43,7 +44,6 @@ from lenvm_training.rollouts import (
 )
 from lenvm_training.self_prompts import TURN, EmptyTurnEncoder, prompts_from_turns
 from lenvm_training.targets import DiscountedReturn
-from lenvm_training.tokens import tokenizer_fingerprint
 
 TEMPLATE_DOMAINS = ("short_long", "requested")
 ENGINE_URL, SERVED_MODEL = "LENVM_ENGINE_URL", "LENVM_MODEL"
@@ -100,7 +100,7 @@ def write_rollouts(experiment: Experiment, command: Sequence[str]) -> None:
         (_read_prompts(experiment.prompts.out), settings.out, settings.samples),
     )
     _check_before_sampling(experiment, settings.sampling, Path(settings.out), Path(settings.eval_out))
-    begun = _beginnings(experiment)
+    begun = _beginnings(experiment, parts)
     if not _engine_url(experiment):
         _run_with_engine(experiment, command)
     for prompts, out, samples in parts:
@@ -124,12 +124,18 @@ def _check_before_sampling(experiment: Experiment, sampling: Sampling, *paths: P
         check_sampling(path, sampling)
 
 
-def _beginnings(experiment: Experiment) -> Beginnings:
+def _beginnings(experiment: Experiment, parts: Sequence[tuple[list[Prompt], str, int]]) -> Beginnings:
     settings = _rollout_settings(experiment)
     if not settings.extend:
         return {}
-    fingerprint = tokenizer_fingerprint(load_tokenizer(_served_folder(experiment)))
-    return read_beginnings([Path(path).expanduser() for path in settings.extend], fingerprint, settings.sampling)
+    encoder = ChatEncoder(load_tokenizer(_served_folder(experiment)))
+    paths = [Path(path).expanduser() for path in settings.extend]
+    beginnings = read_beginnings(paths, encoder.fingerprint, settings.sampling)
+    found = sum(check_beginnings(beginnings, prompts, encoder, samples) for prompts, _, samples in parts)
+    if not found:
+        raise ConfigError(f"rollouts.extend: {', '.join(settings.extend)}: no completion of these prompts")
+    say(f"{found} of {len(beginnings)} completions of {', '.join(settings.extend)} are gone on with or taken over")
+    return beginnings
 
 
 def _encoder(experiment: Experiment, prompts: Sequence[Prompt]) -> PromptEncoder:

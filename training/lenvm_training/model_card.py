@@ -132,7 +132,7 @@ much of the answer is still to come. It describes the served model sampled as be
 
 ## Data
 
-{_describe(train.rows)} {_describe_cut(train)}
+{_describe(train.rows)} {_describe_cut(train, settings["target"]["censored"])}
 
 {held}
 
@@ -154,8 +154,8 @@ length in tokens; `mse` and `calibration_error` are in the target space.
     )
 
 
-def _describe_cut(train: RolloutDataset) -> str:
-    if train.num_left_out:
+def _describe_cut(train: RolloutDataset, rule: str) -> str:
+    if rule == "leave_out":
         return f"{train.num_left_out} more were cut by the token limit and have no target."
     return (
         "Of those cut by the token limit, what they still had is the least that their states' remaining length can be."

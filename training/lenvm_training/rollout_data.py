@@ -56,7 +56,7 @@ class DataSettings:
 def load_rollouts(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
     """All rows of rollout files of one tokenizer, token ids as int32 arrays, without aborted completions.
 
-    Of a completion that was gone on with in another file, or is in two of them, the longer row is kept.
+    Of a completion that was gone on with, or taken over, under a higher token limit, that row alone is kept.
     Raises RolloutFileError.
     """
     rows: list[dict[str, Any]] = []
@@ -76,20 +76,24 @@ def load_rollouts(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
 
 
 def _without_beginnings(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows that are not the beginning of (or the same as) a kept one of the same prompt and sample."""
-    kept: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=_num_tokens, reverse=True):
-        longer = kept.setdefault((row["prompt_id"], row["sample"]), [])
-        if not any(_begins(row, other) for other in longer):
-            longer.append(row)
-    wanted = {id(row) for group in kept.values() for row in group}
-    return [row for row in rows if id(row) in wanted]
+    """Rows that no other row of the same prompt and sample was begun with."""
+    later: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        if "begun" in row:
+            later.setdefault(_key(row), []).append(row)
+    return [row for row in rows if not any(_begins(row, other) for other in later.get(_key(row), ()))]
+
+
+def _key(row: dict[str, Any]) -> tuple[str, int]:
+    return row["prompt_id"], row["sample"]
 
 
 def _begins(row: dict[str, Any], other: dict[str, Any]) -> bool:
     length = len(row["output_token_ids"])
     return bool(
-        row["prompt_token_ids"] == other["prompt_token_ids"]
+        row["sampling"].get("max_new_tokens", 0) < other["sampling"]["max_new_tokens"]
+        and row["prompt_token_ids"] == other["prompt_token_ids"]
+        and length <= other["begun"]
         and row["output_token_ids"] == other["output_token_ids"][:length]
     )
 

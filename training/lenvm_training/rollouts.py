@@ -18,6 +18,7 @@ import os
 import random
 import resource
 import time
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -306,8 +307,8 @@ async def _sample_one(
         request = Request(prompt.id, token_ids, prompt.messages, prompt.images)
         completion = await endpoint.complete(request, sampling)
     else:
-        completion = await _go_on(endpoint, prompt.id, token_ids, sampling, begun)
-    row = {
+        completion = await _go_on(endpoint, prompt.id, sampling, begun)
+    row: dict[str, Any] = {
         "prompt_id": prompt.id,
         "domain": prompt.domain,
         "sample": sample,
@@ -317,28 +318,32 @@ async def _sample_one(
         "sampling": asdict(sampling),
         "tokenizer": encoder.fingerprint,
     }
-    return row | ({"images": list(prompt.images)} if prompt.images else {})
+    if prompt.images:
+        row["images"] = list(prompt.images)
+    if begun is not None:
+        row["begun"] = len(begun["output_token_ids"])
+    return row
 
 
-async def _go_on(
-    endpoint: Endpoint, prompt_id: str, token_ids: list[int], sampling: Sampling, begun: dict[str, Any]
-) -> Completion:
+async def _go_on(endpoint: Endpoint, prompt_id: str, sampling: Sampling, begun: dict[str, Any]) -> Completion:
     """The completion that begins with ``begun``: itself where it ended, with what comes after it where it was cut."""
-    if begun["prompt_token_ids"] != token_ids:
-        raise ValueError(f"prompt {prompt_id}: not the one that the completion to go on with was sampled from")
-    written = begun["output_token_ids"]
+    written, reason = list(begun["output_token_ids"]), begun["finish_reason"]
     left = sampling.max_new_tokens - len(written)
-    if begun["finish_reason"] != TRUNCATED or not left:
-        return Completion(written, begun["finish_reason"])
-    rest = await endpoint.complete(Request(prompt_id, token_ids + written), replace(sampling, max_new_tokens=left))
+    if reason != TRUNCATED or not left:
+        await asyncio.sleep(0)  # lets signals and answers through
+        return Completion(written, reason)
+    token_ids = [*begun["prompt_token_ids"], *written]
+    rest = await endpoint.complete(Request(prompt_id, token_ids), replace(sampling, max_new_tokens=left))
     return Completion(written + rest.token_ids, rest.finish_reason)
 
 
 def read_beginnings(paths: Iterable[Path], fingerprint: str, sampling: Sampling) -> Beginnings:
     """Completions to go on with, of the tokenizer ``fingerprint`` and of ``sampling`` with at most its token limit.
 
-    Raises ValueError: other tokenizer or sampling, two completions of one name, or what cannot be cut in two (images;
-    a repetition penalty, which a server may count over the answer alone).
+    One whose end token was the last that the limit allowed is said to be cut (SGLang looks at the limit first): it
+    ended if its last token is one that ended another completion. Raises ValueError: other tokenizer or sampling, two
+    completions of one name, or what cannot be cut in two (images; a repetition penalty, which a server may count over
+    the answer alone).
     """
     if sampling.repetition_penalty != 1:
         raise ValueError("rollouts.extend: not with a repetition penalty")
@@ -357,5 +362,26 @@ def read_beginnings(paths: Iterable[Path], fingerprint: str, sampling: Sampling)
             if key in beginnings:
                 raise ValueError(f"{path}: prompt {key[0]} sample {key[1]} is there twice")
             if row["finish_reason"] != ABORTED:
-                beginnings[key] = row
+                tokens = {name: array("i", row[name]) for name in ("prompt_token_ids", "output_token_ids")}
+                beginnings[key] = tokens | {"finish_reason": row["finish_reason"]}
+    ends = {row["output_token_ids"][-1] for row in beginnings.values() if row["finish_reason"] == FINISHED}
+    for row in beginnings.values():
+        if row["output_token_ids"][-1] in ends:
+            row["finish_reason"] = FINISHED
     return beginnings
+
+
+def check_beginnings(
+    beginnings: Beginnings, prompts: Iterable[Prompt], encoder: PromptEncoder, num_samples: int
+) -> int:
+    """How many of the completions of ``prompts`` are in ``beginnings``. Raises ValueError when a prompt has changed."""
+    found = 0
+    for prompt in prompts:
+        for sample in range(num_samples):
+            begun = beginnings.get((prompt.id, sample))
+            if begun is None:
+                continue
+            if list(begun["prompt_token_ids"]) != encoder.encode(prompt):
+                raise ValueError(f"prompt {prompt.id}: not the one that its completions to go on with are of")
+            found += 1
+    return found
