@@ -13,6 +13,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +25,7 @@ VALUE_PREFIX = "v_head."
 
 @dataclass(frozen=True)
 class Head:
-    """A head as loaded: configuration and modules, on the CPU, in the precision stored."""
+    """A head as loaded: configuration and modules, on the CPU, fp32 whatever precision is stored."""
 
     config: HeadConfig
     value_head: ValueHead
@@ -59,18 +60,21 @@ def load_value_head(folder: Path, hidden_size: int) -> ValueHead:
     return head.eval().requires_grad_(False)
 
 
-def save_value_head(head: ValueHead, folder: Path) -> None:
+def save_value_head(head: ValueHead, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write ``value_head.safetensors`` in the published format."""
-    state = {VALUE_PREFIX + name: tensor.contiguous() for name, tensor in head.state_dict().items()}
-    save_file(state, folder / VALUE_FILE)
+    _save(head, folder / VALUE_FILE, VALUE_PREFIX, dtype)
 
 
-def save_head(head: Head, folder: Path) -> None:
-    """Write a head folder."""
+def save_head(head: Head, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a head folder, its weights as ``dtype``."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_value_head(head.value_head, folder)
-    save_file({n: t.contiguous() for n, t in head.candidate_head.state_dict().items()}, folder / CANDIDATE_FILE)
+    save_value_head(head.value_head, folder, dtype)
+    _save(head.candidate_head, folder / CANDIDATE_FILE, "", dtype)
     (folder / CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(head.config), indent=2) + "\n")
+
+
+def _save(module: ValueHead | CandidateHead, path: Path, prefix: str, dtype: torch.dtype) -> None:
+    save_file({prefix + name: tensor.to(dtype).contiguous() for name, tensor in module.state_dict().items()}, path)
 
 
 def _load(module: ValueHead | CandidateHead, path: Path, prefix: str) -> None:

@@ -260,6 +260,8 @@ def test_presets_name_a_lenvm_that_is_shipped_published_or_trained_here(path: Pa
     values = preset(path)
     if not values["LENVM"]:
         assert values == {"MODEL": "", "LENVM": "", "SGLANG_ARGS": ""}
+    elif (ROOT / values["LENVM"]).is_dir():
+        assert json.loads((ROOT / values["LENVM"] / "lenvm_config.json").read_text())["base_model"] == values["MODEL"]
     elif values["LENVM"].startswith("runs/"):
         assert values["LENVM"] in trained_folders(values["MODEL"])
     else:

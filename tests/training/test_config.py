@@ -70,6 +70,8 @@ def test_shipped_sweeps_are_valid(path: Path) -> None:
             "heads={work: w, out: o, censored: keep}",
             "f.yaml: heads.censored: must be one of leave_out, bound, impute, got 'keep'",
         ),
+        ("heads={work: w, out: o, save_dtype: int8}", "f.yaml: heads.save_dtype: must be one of float32, bfloat16"),
+        ("evaluation={out: e, dtype: int8}", "f.yaml: evaluation.dtype: must be one of float32, bfloat16, float16"),
         ("heads={work: w, out: o}", "f.yaml: give exactly one of 'training' and 'heads'"),
         ("training=null", "f.yaml: give exactly one of 'training' and 'heads'"),
         ("training={}", "f.yaml: training.output_dir: missing"),

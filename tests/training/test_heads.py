@@ -206,6 +206,12 @@ def test_training_learns_and_the_folder_round_trips(model: Any, tmp_path: Path) 
     features = torch.randn(3, CONFIG.num_features)
     assert torch.equal(loaded.value_head(features[:, :32]), head.value_head(features[:, :32]))
     assert torch.equal(loaded.candidate_head.state_logprobs(features), head.candidate_head.state_logprobs(features))
+    size = (folder / "value_head.safetensors").stat().st_size
+    save_head(head, folder, torch.bfloat16)
+    rounded = load_head(folder).value_head
+    assert (folder / "value_head.safetensors").stat().st_size < 0.7 * size
+    assert rounded.fc.weight.dtype == torch.float32
+    torch.testing.assert_close(rounded(features[:, :32]), head.value_head(features[:, :32]), atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize(

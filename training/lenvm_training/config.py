@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lenvm_training.endpoints import Retry, Sampling
 from lenvm_training.head_settings import HeadsSettings
-from lenvm_training.model import ModelSettings
+from lenvm_training.model import DTYPES, ModelSettings
 from lenvm_training.prompt_sources import PromptSource
 from lenvm_training.rollout_data import DataSettings
 from lenvm_training.targets import TargetConfig
@@ -102,7 +102,8 @@ class EvaluationSettings:
 
     ``lenvm``: the folder or hub name to evaluate, by default the result of the training; ``probe_model``: whose
     hidden states the ridge probe reads, by default the backbone; ``out``: folder of the figures. Errors are taken
-    in the return space of ``gamma``, by default that of ``target``.
+    in the return space of ``gamma``, by default that of ``target``. ``dtype``: of the backbone, by default as engines
+    serve it.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = STRICT
@@ -113,6 +114,11 @@ class EvaluationSettings:
     min_samples: int = 4
     gamma: float | None = None
     max_fit_prompts: int = 2000
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"evaluation.dtype: must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 from lenvm_kernels.checkpoint import load_head
 from lenvm_kernels.checkpoint_files import CANDIDATE_FILE
 from lenvm_training.config import ConfigError, Experiment, PromptSettings, RolloutSettings
@@ -243,9 +245,10 @@ def evaluate(experiment: Experiment, _: Sequence[str]) -> None:
     backbone = resolve_folder(experiment.model.backbone)
     check_tokenizer([*rows, *fit], load_tokenizer(backbone), read_vocab_size(backbone))
     device = default_device()
-    model = load_lenvm(source, base_model=str(backbone)).to(device)
+    dtype = getattr(torch, settings.dtype)
+    model = load_lenvm(source, dtype, str(backbone)).to(device)
     probe_folder = resolve_folder(settings.probe_model) if settings.probe_model else backbone
-    probe = load_language_model(probe_folder, next(model.parameters()).dtype).to(device)
+    probe = load_language_model(probe_folder, dtype).to(device)
     space = DiscountedReturn(settings.gamma or model.lenvm_config.target.gamma)
     out = Path(settings.out)
     collator = build_collator(model, backbone)

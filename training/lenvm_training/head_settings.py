@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 CENSORED = ("leave_out", "bound", "impute")
+SAVE_DTYPES = ("float32", "bfloat16")
 HEADS = ("candidate", "value")
 """In the order of their training."""
 
@@ -18,7 +19,8 @@ class HeadsSettings:
     ``dropout``: share of the input features set to 0 in training; ``censored``: what completions cut by the token
     limit do in the value head's loss, see `head_losses.value_loss`; ``start``: a head folder of the same form whose
     weights the training starts from, fresh ones when it is empty; ``train``: which of the two are trained, the other
-    one stays that of ``start``; ``training``: transformers.TrainingArguments by their own names, over
+    one stays that of ``start``; ``save_dtype``: of the weights on disk (the figures are those of the head as saved);
+    ``training``: transformers.TrainingArguments by their own names, over
     `head_trainer.DEFAULTS`.
     """
 
@@ -36,6 +38,7 @@ class HeadsSettings:
     censored: str = "leave_out"
     start: str = ""
     train: tuple[str, ...] = HEADS
+    save_dtype: str = "float32"
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -45,6 +48,8 @@ class HeadsSettings:
             raise ValueError(f"heads.dropout: must be at least 0 and less than 1, got {self.dropout}")
         if self.censored not in CENSORED:
             raise ValueError(f"heads.censored: must be one of {', '.join(CENSORED)}, got {self.censored!r}")
+        if self.save_dtype not in SAVE_DTYPES:
+            raise ValueError(f"heads.save_dtype: must be one of {', '.join(SAVE_DTYPES)}, got {self.save_dtype!r}")
         if not self.train or not set(self.train) <= set(HEADS):
             raise ValueError(f"heads.train: must name {' or '.join(HEADS)} or both, got {list(self.train)}")
         if set(self.train) != set(HEADS) and not self.start:

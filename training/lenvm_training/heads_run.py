@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from lenvm_kernels.checkpoint import save_head
+from lenvm_kernels.checkpoint import load_head, save_head
 from lenvm_kernels.heads import HeadConfig
 from lenvm_training import plots
 from lenvm_training.evaluation import evaluate_head
@@ -48,8 +48,8 @@ def train_heads(
     held_out = extract_states(model, held_rollouts, layers, settings.states, work / "eval")
     embeddings = model.get_input_embeddings().weight.detach().cpu()
     head, logs = train_head(config, train, validation, embeddings, settings)
-    save_head(head, out)
-    figures = evaluate_head(head, train, held_out, layers, held_rollouts)
+    save_head(head, out, getattr(torch, settings.save_dtype))
+    figures = evaluate_head(load_head(out), train, held_out, layers, held_rollouts)
     for name, label in LOSSES.items():
         if name in logs:
             plots.plot_loss(out / f"{name}_loss.png", logs[name], "eval_loss", label)

@@ -29,6 +29,7 @@ from lenvm_training.targets import IGNORED, TargetConfig, censored_errors, lambd
 
 FAMILY_GAMMA = {"qwen2": 0.997, "qwen2_5_vl": 0.997, "qwen3": 0.9998, "qwen3_moe": 0.9998}
 KINDS = ("full", "lora", "head")
+DTYPES = ("float32", "bfloat16", "float16")
 SERVED_SPACE = "discounted_return"
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -71,8 +72,8 @@ class ModelSettings:
         if self.kind not in KINDS:
             raise ValueError(f"model.kind: must be one of {', '.join(KINDS)}, got {self.kind!r}")
         for name in ("dtype", "save_dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16", "float16"):
-                raise ValueError(f"model.{name}: must be float32, bfloat16 or float16, got {getattr(self, name)!r}")
+            if getattr(self, name) not in DTYPES:
+                raise ValueError(f"model.{name}: must be one of {', '.join(DTYPES)}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
