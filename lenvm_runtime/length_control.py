@@ -101,6 +101,7 @@ class LengthControl:
         for key in raw:
             if key not in _FIELDS:
                 raise LengthControlError(f"{field}.{key}", f"unknown field; known: {', '.join(_FIELDS)}")
+        raw = {key: value for key, value in raw.items() if value is not None}
         mode = raw.get("mode")
         if mode not in MODES:
             raise LengthControlError(f"{field}.mode", f"must be one of {', '.join(MODES)}")

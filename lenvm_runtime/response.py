@@ -9,6 +9,7 @@ distribution of the length at the prompt boundary: its mean and its 10% and 90% 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,9 +67,15 @@ class ResponseBuilder:
 
 
 def describe_input(
-    meta_info: dict[str, Any], candidate_ids: tuple[int, ...], gamma: float, max_length: int
+    meta_info: dict[str, Any],
+    candidate_ids: tuple[int, ...],
+    gamma: float,
+    max_length: int,
+    input_ids: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """The ``lenvm`` object of a value query, from the ``meta_info`` of its one-token answer.
+
+    ``input_ids``: the query's, where it gave any; SGLang's log-probabilities report the vocabulary's last id as 0.
 
     ``token_ids``, ``values``, ``remaining``: one element a prompt token, of the state after it;
     ``candidates``: for each asked-for next token the value and the remaining length after it.
@@ -77,7 +84,7 @@ def describe_input(
     values = [entry[0] for entry in entries[1:]] + [meta_info[VALUE_KEY][0]]
     candidates = zip(candidate_ids, meta_info.get(CANDIDATES_KEY, [[]])[0], strict=False)  # rows are padded
     return {
-        "token_ids": [entry[1] for entry in entries],
+        "token_ids": [entry[1] for entry in entries] if input_ids is None else list(input_ids),
         **_describe(values, gamma, max_length),
         "candidates": [
             {

@@ -60,7 +60,8 @@ def register(gamma: float, max_length: int) -> None:
             if hasattr(obj, _BUILDER):
                 raise LengthControlError("custom_params.lenvm.input_values", "is taken by /generate only")
             obj.return_logprob, obj.logprob_start_len = True, 0
-            return _answer_queries(original(manager, obj, *args), queries, gamma, max_length)
+            events = original(manager, obj, *args)
+            return _answer_queries(events, queries, _input_ids(obj.input_ids, len(queries)), gamma, max_length)
         events = original(manager, obj, *args)
         builder = getattr(obj, _BUILDER, None)
         return events if builder is None else _observe_events(events, builder)
@@ -114,15 +115,27 @@ def _read_queries(sampling_params: Any, vocab_size: int) -> list[ValueQuery]:
     return queries
 
 
+def _input_ids(given: list[int] | list[list[int]] | None, count: int) -> list[Any]:
+    """The token ids of each of ``count`` inputs; None for each where text was given."""
+    if not given:
+        return [None] * count
+    return list(given) if isinstance(given[0], list) else [given]
+
+
 async def _answer_queries(
-    events: AsyncGenerator[Any, None], queries: list[ValueQuery], gamma: float, max_length: int
+    events: AsyncGenerator[Any, None],
+    queries: list[ValueQuery],
+    input_ids: list[list[int] | None],
+    gamma: float,
+    max_length: int,
 ) -> AsyncGenerator[Any, None]:
     async for event in events:
         answers = event if isinstance(event, list) else [event]
         each = queries if len(queries) == len(answers) else queries * len(answers)
-        for answer, query in zip(answers, each, strict=True):
+        ids = input_ids if len(input_ids) == len(answers) else input_ids * len(answers)
+        for answer, query, given in zip(answers, each, ids, strict=True):
             meta_info = answer["meta_info"]
-            answer["lenvm"] = describe_input(meta_info, query.candidate_ids, gamma, max_length)
+            answer["lenvm"] = describe_input(meta_info, query.candidate_ids, gamma, max_length, given)
             for key in ("input_token_logprobs", "output_token_logprobs", VALUE_KEY, CANDIDATES_KEY):
                 meta_info.pop(key, None)
         yield event

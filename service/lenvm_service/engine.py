@@ -28,6 +28,17 @@ _JSON = {"content-type": "application/json"}
 _CLIENT_FAULTS = (400, 404, 413, 422)
 _LOCATION = re.compile(r"'loc': \('body', (?P<loc>[^)]*)\), 'msg': (?P<quote>['\"])(?P<msg>.*?)(?P=quote)[,}]")
 _GRAMMAR = re.compile(r"Failed to (compile|follow) (?P<kind>regex|ebnf|json) grammar")
+_REFUSED_LENGTHS = (
+    (
+        re.compile(r"The input \(\d+ tokens\) is longer|Input length \(\d+ tokens\) exceeds|Prompt cannot be empty"),
+        {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/generate": "input"},
+    ),
+    (
+        re.compile(r"Requested token count exceeds"),
+        {"/v1/chat/completions": "max_completion_tokens", "/v1/completions": "max_tokens"},
+    ),
+)
+_ENGINE_ADVICE = " Use a shorter input or enable --allow-auto-truncate."
 _GRAMMAR_FIELDS = {"regex": "regex", "ebnf": "ebnf", "json": "response_format"}
 
 
@@ -85,16 +96,16 @@ class Engine:
             response = await self._client.send(request, stream=True)
             try:
                 if response.status_code != 200:
-                    raise self.fault(response.status_code, _error_object(await response.aread()))
+                    raise self.fault(response.status_code, _error_object(await response.aread()), path)
                 yield response
             finally:
                 await response.aclose()
 
-    def fault(self, status: int, error: Mapping[str, Any]) -> GatewayError:
-        """The gateway's error for an error object of the engine and its HTTP status."""
+    def fault(self, status: int, error: Mapping[str, Any], path: str = "") -> GatewayError:
+        """The gateway's error for an error object of the engine and its HTTP status, asked at ``path``."""
         message = str(error.get("message", ""))
         if status in _CLIENT_FAULTS:
-            param, text = explain_refusal(message)
+            param, text = explain_refusal(message, path)
             return InvalidRequest(text, param=param or error.get("param"))
         log.warning("engine answered %d: %s", status, message[:500])
         if status in (429, 503):
@@ -174,18 +185,26 @@ class Engine:
         return EngineUnavailable(message, retry_after_s=self._config.retry_after_s)
 
 
-def explain_refusal(message: str) -> tuple[str | None, str]:
-    """The field that an SGLang refusal is about, where its text says so, and the text for the client."""
+def explain_refusal(message: str, path: str = "") -> tuple[str | None, str]:
+    """The field that an SGLang refusal is about, where its text (or ``path``, asked for) says so, and the text for the
+    client.
+    """
     located = _LOCATION.search(message)
     if located:
-        path = [part.strip(" '") for part in located["loc"].split(",") if part.strip(" '")]
-        field = path[0] + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in path[1:])
+        parts = [part.strip(" '") for part in located["loc"].split(",") if part.strip(" '")]
+        field = parts[0] + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in parts[1:])
         return field, f"{field}: {located['msg']}"
     grammar = _GRAMMAR.match(message)
     if grammar:
         return _GRAMMAR_FIELDS[grammar["kind"]], message.strip()
     first_word = message.split(" ", 1)[0].strip(":")
-    return (first_word if first_word in {*CHAT, *COMPLETION, *VALUES} else None), message.split("\n\n  File ")[0]
+    text = message.split("\n\n  File ")[0].removesuffix(_ENGINE_ADVICE)
+    if first_word in {*CHAT, *COMPLETION, *VALUES}:
+        return first_word, text
+    for refusal, fields in _REFUSED_LENGTHS:
+        if refusal.match(text):
+            return fields.get(path), text
+    return None, text
 
 
 def _error_object(body: bytes) -> Mapping[str, Any]:

@@ -116,6 +116,7 @@ def check_profile(generation: Generation, profile: EngineProfile, config: Gatewa
     for field in unread_parts(body, profile.read_parts):
         raise UnsupportedField(field, f"the chat template of model '{profile.model_id}' does not read it")
     _check_seeds(body, profile)
+    _check_target_fits(generation, profile)
     if "tools" in body and body.get("tool_choice") != "none":
         _check_tool_parser(body, profile)
     for field, url in _image_urls(body.get("messages", [])):
@@ -123,6 +124,15 @@ def check_profile(generation: Generation, profile: EngineProfile, config: Gatewa
             raise UnsupportedField(field, f"model '{profile.model_id}' takes no images")
         if not url.startswith("data:") and not (config.allow_remote_media and url.startswith(("http://", "https://"))):
             raise UnsupportedField(field, "must be a data: URL")
+
+
+def _check_target_fits(generation: Generation, profile: EngineProfile) -> None:
+    control, context = generation.control, profile.models[0].get("max_model_len")
+    if control is None or control.target is None or control.mode == "at_most" or not context:
+        return
+    if control.target >= context:
+        field = "max_length_hint" if "max_length_hint" in generation.body else "length_control.target"
+        raise InvalidField(field, f"must be less than the model's context length of {context} tokens")
 
 
 def _check_seeds(body: Mapping[str, Any], profile: EngineProfile) -> None:

@@ -102,3 +102,12 @@ async def test_wrong_candidates_are_refused(stack: Stack, model_name: str, field
     response = await ask(stack, model_name, **fields)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == field
+
+
+async def test_the_vocabularys_last_id_is_given_back(
+    stack: Stack, model_name: str, reference_model: tuple[Any, Any]
+) -> None:
+    last = reference_model[0].config.vocab_size - 1
+    inputs = [[1, last, 3], [last]]
+    data = (await ask(stack, model_name, input=inputs)).json()["data"]
+    assert [one["token_ids"] for one in data] == inputs

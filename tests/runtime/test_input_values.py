@@ -31,6 +31,12 @@ def test_an_answer_holds_the_value_of_every_prompt_token_and_candidate() -> None
     assert math.copysign(1.0, described["candidates"][1]["remaining"]) == 1.0  # 0, not -0
 
 
+def test_ids_that_were_given_are_given_back() -> None:
+    """SGLang reports the vocabulary's last id as 0 beside its log-probabilities."""
+    meta_info = {"input_token_logprobs": [(None, 11, None), (-0.1, 0, None)], "lenvm_value": [-0.3]}
+    assert describe_input(meta_info, (), GAMMA, 2048, [11, 49151])["token_ids"] == [11, 49151]
+
+
 def test_an_answer_without_candidates() -> None:
     meta_info = {"input_token_logprobs": [(None, 11, None)], "lenvm_value": [-1.0]}
     assert describe_input(meta_info, (), GAMMA, 2048) == {

@@ -470,3 +470,36 @@ class TestPrediction:
 )
 def test_the_engines_refusals_are_explained(message, field, text):
     assert explain_refusal(message) == (field, text)
+
+
+@pytest.mark.parametrize(
+    ("path", "input_field", "cap_field"),
+    [
+        ("/v1/chat/completions", "messages", "max_completion_tokens"),
+        ("/v1/completions", "prompt", "max_tokens"),
+        ("/generate", "input", None),
+    ],
+)
+def test_what_does_not_fit_the_context_is_named(path, input_field, cap_field):
+    text = "Input length (8191 tokens) exceeds the maximum allowed length (8186 tokens)."
+    advice = " Use a shorter input or enable --allow-auto-truncate."
+    assert explain_refusal(text + advice, path) == (input_field, text)
+    text = "The input (9031 tokens) is longer than the model's context length (8192 tokens)."
+    assert explain_refusal(text, path) == (input_field, text)
+    text = "Requested token count exceeds the model's maximum context length of 8192 tokens."
+    assert explain_refusal(text, path) == (cap_field, text)
+
+
+@pytest.mark.parametrize("mode", ["equal", "at_least", "at_most", "target_mean"])
+async def test_a_target_beyond_the_context_is_refused_unless_it_is_a_bound(gateway, mode):
+    response = await gateway.chat(length_control={"mode": mode, "target": 2048})
+    if mode == "at_most":
+        assert response.status_code == 200
+    else:
+        assert response.json()["error"]["param"] == "length_control.target"
+        assert (await gateway.chat(length_control={"mode": mode, "target": 2047})).status_code == 200
+
+
+async def test_a_null_in_length_control_is_no_field(gateway):
+    control = {**EQUAL, "strategy": None, "entropy_threshold": None, "min_value": None, "beta": None}
+    assert (await gateway.chat(length_control=control)).status_code == 200
