@@ -190,16 +190,16 @@ def test_images_that_do_not_fit_their_tokens_are_named(backbone: Path, tmp_path:
 def write_experiment(backbone: Path, folder: Path, kind: str) -> str:
     """A data set of questions, most with a picture, and a configuration that goes from it to an evaluation."""
     rows = []
-    for index in range(36):
+    for index in range(60):
         size = (56, 84) if index % 3 else (56, 56)
         picture = make_image(folder, bool(index % 2), size, index)
-        rows.append({"q": f"w{4 + index}", "image": picture if index % 6 else None})
+        rows.append({"q": f"w{4 + index % 50} w{4 + index // 50}", "image": picture if index % 6 else None})
     write_rows(folder / "questions.jsonl", rows)
     columns = {"text": "q", "image": "image"}
-    source = {"path": "questions.jsonl", "domain": "images", "columns": columns, "count": 36}
+    source = {"path": "questions.jsonl", "domain": "images", "columns": columns, "count": 60}
     rollouts = {"out": "rollouts.jsonl", "eval_out": "eval.jsonl", "samples": 2, "eval_samples": 3, "api": "openai"}
     lora = {"r": 8, "target_modules": r".*language_model.*\.(q_proj|v_proj|gate_proj|down_proj)"}
-    training = {"output_dir": "run", "max_steps": 20, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
+    training = {"output_dir": "run", "max_steps": 60, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
     content = {
         "prompts": {
             "out": "prompts.jsonl",
@@ -238,8 +238,8 @@ def test_an_experiment_with_pictures_from_prompts_to_figures(
     assert figures["num_prompts"] == len(rows) // 3
     boundary = figures["boundary"]
     assert set(boundary) == {"lenvm", "constant", "prompt_length", "ridge_probe"}
-    assert boundary["lenvm"]["tau"] > 0.4, "only the pictures tell"
-    assert boundary["lenvm"]["mse"] < boundary["prompt_length"]["mse"]
+    assert boundary["lenvm"]["tau"] > 0.2, "within a kind of picture the order is chance"
+    assert boundary["lenvm"]["mse"] < 0.5 * boundary["prompt_length"]["mse"], "only the pictures tell"
     assert figures["served"]["all"]["mean_width"] > 0
     assert set(figures["coverage"]) == {"all", "images"}
     assert figures["states"]["mse"] < figures["states"]["mse_constant"]
