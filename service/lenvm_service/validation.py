@@ -131,8 +131,7 @@ def _check_target_fits(generation: Generation, profile: EngineProfile) -> None:
     if control is None or control.target is None or control.mode == "at_most" or not context:
         return
     if control.target >= context:
-        field = "max_length_hint" if "max_length_hint" in generation.body else "length_control.target"
-        raise InvalidField(field, f"must be less than the model's context length of {context} tokens")
+        raise InvalidField("length_control.target", f"must be less than the model's context length of {context} tokens")
 
 
 def _check_seeds(body: Mapping[str, Any], profile: EngineProfile) -> None:
