@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from lenvm_kernels.checkpoint import load_value_head
 from lenvm_kernels.checkpoint_files import CheckpointError
 from lenvm_runtime.value_model.source import check_vocabulary, read_source
 from lenvm_runtime.value_model.weights import LoraAdapter, backbone_weights, check_complete, mark_missing
+from lenvm_training import lenvm_trainer
 from lenvm_training.lenvm_trainer import LenVMRun, LenVMTrainer, last_checkpoint, train_lenvm, training_arguments
 from lenvm_training.model import LoraSettings, ModelSettings, build_lenvm, load_lenvm
 from lenvm_training.rollout_data import DataSettings, RolloutCollator, RolloutDataset
@@ -219,8 +220,9 @@ def test_a_result_that_the_engine_refuses_says_so(tmp_path: Path, kind: str, spa
 
 @pytest.mark.parametrize("kind", ["full", "lora", "head"])
 def test_a_resumed_run_ends_with_the_same_weights_bit_by_bit(tmp_path: Path, kind: str) -> None:
-    train_lenvm(make_run(tmp_path, kind, "whole", save_steps=2))
-    interrupted = make_run(tmp_path, kind, "resumed", save_steps=2)
+    across_epochs = {"save_steps": 2, "per_device_train_batch_size": 16}  # three steps an epoch
+    train_lenvm(make_run(tmp_path, kind, "whole", **across_epochs))
+    interrupted = make_run(tmp_path, kind, "resumed", **across_epochs)
     train_lenvm(interrupted)
     (tmp_path / "resumed" / "checkpoint-4" / "trainer_state.json").unlink()  # as a full disk leaves it
     torch.manual_seed(123)
@@ -229,6 +231,36 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_by_bit(tmp_path: Path, kin
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     start = build_lenvm(interrupted.model, TARGET).state_dict()
     assert not torch.equal(start["value_head.fc.weight"], whole["value_head.fc.weight"])
+
+
+def test_micro_batches_of_a_step_hold_rows_of_like_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[list[tuple[int, str]]] = []
+
+    class Recorder(RolloutCollator):
+        def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+            batches.append([(len(item["input_ids"]), item["name"]) for item in items])
+            return super().__call__(items)
+
+    monkeypatch.setattr(lenvm_trainer, "build_collator", lambda *_: Recorder(0))
+    epochs, micro_batches, rows_per_step = 2, 3, 12
+    run = make_run(
+        tmp_path,
+        max_steps=-1,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=rows_per_step // micro_batches,
+        gradient_accumulation_steps=micro_batches,
+    )
+    train_lenvm(run)
+    count = sum(row["finish_reason"] == "stop" for row in make_rows(12, 0))
+    seen = [row for batch in batches for row in batch][: epochs * count]
+    orders = [seen[:count], seen[count:]]
+    assert all(len(set(order)) == count for order in orders)
+    assert orders[0] != orders[1]
+    for order in orders:
+        steps = [order[start : start + rows_per_step] for start in range(0, count, rows_per_step)]
+        lengths = [[length for length, _ in step] for step in steps]
+        assert lengths == [sorted(step, reverse=True) for step in lengths]
+        assert max(lengths[-1]) > min(lengths[0])  # sorted by step, not over the epoch
 
 
 def test_half_written_checkpoints_are_passed_over(tmp_path: Path) -> None:

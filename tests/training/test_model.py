@@ -24,6 +24,7 @@ from lenvm_training.model import (
     restore_lenvm,
     save_lenvm,
 )
+from lenvm_training.rollout_data import RolloutCollator
 from lenvm_training.targets import TargetConfig, remaining_labels
 from tiny import make_backbone
 
@@ -99,7 +100,8 @@ def test_values_are_those_of_the_published_formula(tmp_path: Path) -> None:
         head = {name: tensor.detach() for name, tensor in model.value_head.state_dict().items()}
         hidden = torch.nn.functional.silu(states @ head["fc.weight"].T + head["fc.bias"])
         expected = -torch.sigmoid(hidden @ head["summary.weight"].T + head["summary.bias"]).squeeze(-1)
-        torch.testing.assert_close(model(**inputs).predictions, expected)
+        is_real = inputs["attention_mask"].bool()
+        torch.testing.assert_close(model(**inputs).predictions[is_real], expected[is_real])
 
 
 @pytest.mark.parametrize("stored", ["both", "lm_head", "embed_tokens"])
@@ -156,6 +158,19 @@ def test_the_loss_is_the_mean_squared_error_of_the_states(tmp_path: Path) -> Non
     ]
     assert output.loss.item() == pytest.approx(sum(errors) / len(errors), rel=1e-5)
     assert model(**batch(), labels=labels, num_items_in_batch=100).loss.item() == pytest.approx(sum(errors) / 100)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_padding_changes_no_value(tmp_path: Path, family: str) -> None:
+    make_backbone(tmp_path, family)
+    model = build_lenvm(ModelSettings(str(tmp_path), "served"), TARGET).eval()
+    rows = [[2, 5, 9, 1, 3, 11, 12], [2, 7, 4], [2, 8, 8, 8, 1]]
+    items = [{"input_ids": ids, "labels": [-100] * len(ids), "images": [], "name": ""} for ids in rows]
+    with torch.inference_mode():
+        together = model(**RolloutCollator(0)(items)).predictions
+        for index, item in enumerate(items):
+            alone = model(**RolloutCollator(0)([item])).predictions[0]
+            torch.testing.assert_close(together[index, : len(alone)], alone, atol=1e-6, rtol=1e-5)
 
 
 def test_a_cut_completion_bounds_the_values_of_its_states(tmp_path: Path) -> None:

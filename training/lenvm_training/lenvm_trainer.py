@@ -39,6 +39,7 @@ from lenvm_training.rollout_data import (
     DataSettings,
     RolloutCollator,
     RolloutDataset,
+    StepOrder,
     check_tokenizer,
     load_rollouts,
     select_eval_rollouts,
@@ -50,6 +51,8 @@ from lenvm_training.targets import TargetConfig, mean_target
 RESULT_FOLDER = "lenvm"
 SETTINGS_FILE = "run_config.json"
 FIXED_ARGUMENTS = {"remove_unused_columns": False, "label_names": ["labels"], "save_only_model": False}
+STEP_ORDER = {"train_sampling_strategy": "sequential"}
+"""Of `StepOrder`, which shuffles by itself."""
 LAST_FILE_OF_CHECKPOINT = "trainer_state.json"
 
 
@@ -89,7 +92,7 @@ def train_lenvm(run: LenVMRun) -> dict[str, float]:
 
     Raises ValueError for settings and data that cannot be used, before anything is loaded where possible.
     """
-    arguments = training_arguments(run.training)
+    arguments = training_arguments(run.training, STEP_ORDER)
     output = Path(arguments.output_dir)
     with arguments.main_process_first():
         claim_output(output, TypeAdapter(LenVMRun).dump_json(run, indent=2).decode() + "\n")
@@ -103,10 +106,11 @@ def train_lenvm(run: LenVMRun) -> dict[str, float]:
     for dataset in (train, held_out):
         if dataset is not None:
             check_tokenizer(dataset.rows, tokenizer, model.config.get_text_config().vocab_size)
+    rows_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     trainer = LenVMTrainer(
         model=model,
         args=arguments,
-        train_dataset=train,
+        train_dataset=StepOrder(train, rows_per_step, arguments.seed),
         eval_dataset=held_out,
         data_collator=build_collator(model, folder),
         compute_metrics=lambda output: state_metrics(output.predictions, output.label_ids, model.space),
@@ -115,7 +119,7 @@ def train_lenvm(run: LenVMRun) -> dict[str, float]:
     figures = _own_figures(trainer.evaluate()) if held_out is not None else {}
     trainer.save_model(str(output / RESULT_FOLDER))  # on every process: gathers sharded weights
     if trainer.is_world_process_zero():
-        _complete_result(trainer, model, tokenizer, run, figures)
+        _complete_result(trainer, train, tokenizer, run, figures)
     return figures
 
 
@@ -194,10 +198,10 @@ def _own_figures(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def _complete_result(
-    trainer: LenVMTrainer, model: LenVM, tokenizer: Any, run: LenVMRun, figures: dict[str, float]
+    trainer: LenVMTrainer, train: RolloutDataset, tokenizer: Any, run: LenVMRun, figures: dict[str, float]
 ) -> None:
     """Weights in their final precision, tokenizer (and image processor), figures, plots, card beside the value head."""
-    folder = Path(trainer.args.output_dir) / RESULT_FOLDER
+    folder, model = Path(trainer.args.output_dir) / RESULT_FOLDER, _unwrap(trainer.model)
     if run.model.save_dtype != run.model.dtype:
         _convert_weights(folder, run.model.kind, getattr(torch, run.model.save_dtype))
     tokenizer.save_pretrained(folder)
@@ -211,7 +215,7 @@ def _complete_result(
     names = {"backbone": recorded.base_model, "served_model": recorded.served_model}
     settings = {"model": asdict(run.model) | names, "target": asdict(run.target), "training": run.training}
     backbone, obstacle = resolve_folder(run.model.backbone), recorded.serving_obstacle
-    write_lenvm_card(folder, settings, trainer.train_dataset, trainer.eval_dataset, figures, backbone, obstacle)
+    write_lenvm_card(folder, settings, train, trainer.eval_dataset, figures, backbone, obstacle)
 
 
 def _convert_weights(folder: Path, kind: str, dtype: torch.dtype) -> None:

@@ -156,10 +156,13 @@ class LenVM(nn.Module):
         the least that they can be (`targets.censored_errors`). The loss is the sum of
         squared errors over ``num_items_in_batch`` states: the token mean of the whole step, however it is
         split into micro-batches and devices; over the states of this batch when it is not given.
-        ``inputs`` go to the backbone (images of a vision-language one).
+        Rows are padded on the right, so that under causal attention no state sees the padding: ``attention_mask``
+        is for vision-language backbones, which count positions by it. ``inputs`` go to the backbone (their images).
         """
+        if self.takes_images:
+            inputs["attention_mask"] = attention_mask
         states = self.causal_model.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs
+            input_ids=input_ids, use_cache=False, **inputs
         ).last_hidden_state  # [B, T, d]
         with torch.autocast(states.device.type, enabled=False):
             predictions = self.space.prediction(self.value_head.raw_value(states))

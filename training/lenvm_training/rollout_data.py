@@ -198,6 +198,34 @@ class RolloutDataset(torch.utils.data.Dataset[dict[str, Any]]):
         }
 
 
+class StepOrder(torch.utils.data.Dataset[dict[str, Any]]):
+    """``dataset`` in a new random order each epoch, the rows of each optimizer step longest first.
+
+    Read in sequence, a step has the rows that chance gives it, and its micro-batches hold rows of like length, with
+    little padding. ``rows_per_step`` counts all devices. accelerate's loaders call ``set_epoch``.
+    """
+
+    def __init__(self, dataset: RolloutDataset, rows_per_step: int, seed: int) -> None:
+        self._dataset = dataset
+        self._rows_per_step = rows_per_step
+        self._seed = seed
+        self._lengths = torch.tensor([_num_tokens(row) for row in dataset.rows])
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the order of ``epoch``."""
+        generator = torch.Generator().manual_seed(self._seed + epoch)
+        steps = torch.randperm(len(self._dataset), generator=generator).split(self._rows_per_step)
+        order = [rows[self._lengths[rows].argsort(descending=True, stable=True)] for rows in steps]
+        self._order: list[int] = torch.cat(order).tolist()
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._dataset[self._order[index]]
+
+
 class RolloutCollator:
     """Items of `RolloutDataset` -> ``input_ids``, ``attention_mask``, ``labels`` [B, T], padded on the right.
 
