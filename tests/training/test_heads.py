@@ -26,12 +26,13 @@ from huggingface_hub import ModelCard  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from lenvm_training.evaluation import evaluate_head  # noqa: E402
-from lenvm_training.features import StateTable, extract_states  # noqa: E402
+from lenvm_training.features import StateTable, _stored_rows, extract_states  # noqa: E402
 from lenvm_training.head_losses import length_nll  # noqa: E402
 from lenvm_training.head_settings import HeadsSettings  # noqa: E402
 from lenvm_training.head_trainer import recorded_settings, train_head  # noqa: E402
 from lenvm_training.heads_run import shared_sampling  # noqa: E402
 from lenvm_training.model_card import add_evaluation, described_data, front_matter, write_model_card  # noqa: E402
+from processes import run_processes  # noqa: E402
 
 LAYERS = (0,)
 CONFIG = HeadConfig("tiny", 32, 50, 0.97, 12, 128, 16, LAYERS, (2,))
@@ -314,3 +315,36 @@ def test_a_head_says_how_its_answers_were_sampled() -> None:
     rows = [{"sampling": {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": cap}} for cap in (512, 512, 640)]
     assert shared_sampling(rows) == {"temperature": 1.0, "top_p": 0.9}
     assert shared_sampling(rows[:2]) == {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 512}
+
+
+HEADS_IN_A_PROCESS = """
+import sys
+from pathlib import Path
+import torch
+from test_heads import CONFIG, LAYERS, rollouts
+from lenvm_training.head_settings import HeadsSettings
+from lenvm_training.heads_run import train_heads
+folder, per_device = Path(sys.argv[1]), int(sys.argv[2])
+training = {"per_device_train_batch_size": per_device, "report_to": "none", "disable_tqdm": True, "use_cpu": True}
+settings = HeadsSettings(str(folder / "work"), str(folder / "head"), LAYERS, rank=16, epochs=2, states=4, num_bins=12,
+                         max_length=128, dropout=0.0, training=training)
+rows = [row | {"finish_reason": "stop"} for row in rollouts(280, 2)]
+figures = train_heads(settings, folder.parent / "model", "tiny", 0.97, rows, rollouts(4, 3))
+print(sorted(figures))
+"""
+
+
+def test_two_processes_share_the_states_and_train_the_heads_of_one(model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "model")
+    outputs = run_processes(HEADS_IN_A_PROCESS, tmp_path / "two", ["32"], 2)
+    assert outputs[0].strip() != "[]"
+    assert outputs[1].strip() == "[]"
+    (alone,) = run_processes(HEADS_IN_A_PROCESS, tmp_path / "one", ["64"], 1)
+    assert alone == outputs[0]
+    for part in ("train", "eval"):
+        stored = [set(_stored_rows(path)) for path in (tmp_path / "two" / "work" / part).glob("*.safetensors")]
+        assert len(stored) > 1 or part == "eval"
+        assert sum(map(len, stored)) == len(set.union(*stored)) == (280 * 5 if part == "train" else 20)
+    two, one = (load_head(tmp_path / name / "head").value_head for name in ("two", "one"))
+    features = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(two(features), one(features), atol=2e-3, rtol=0)

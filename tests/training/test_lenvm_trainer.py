@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +22,7 @@ from lenvm_training.lenvm_trainer import LenVMRun, LenVMTrainer, last_checkpoint
 from lenvm_training.model import LoraSettings, ModelSettings, build_lenvm, load_lenvm
 from lenvm_training.rollout_data import DataSettings, RolloutCollator, RolloutDataset
 from lenvm_training.targets import TargetConfig
+from processes import run_processes
 from tiny import make_backbone, make_rows, make_tokenizer, write_rows
 
 TARGET = TargetConfig(gamma=0.9)
@@ -129,36 +126,16 @@ def test_one_by_eight_gives_the_gradients_of_eight_by_one(tmp_path: Path) -> Non
 
 
 ONE_STEP = """
-import sys, torch
+import os, sys, torch
 from pathlib import Path
-from lenvm_kernels import torchvision_schema
-torchvision_schema.declare_if_missing()
 from test_lenvm_trainer import gradients
-torch.save(gradients(Path(sys.argv[1]), 4, 1), f"{sys.argv[1]}/gradients-{sys.argv[2]}.pt")
+torch.save(gradients(Path(sys.argv[1]), 4, 1), f"{sys.argv[1]}/gradients-{os.environ['RANK']}.pt")
 """
 
 
 def test_two_devices_give_the_gradients_of_one(tmp_path: Path) -> None:
     whole = gradients(tmp_path, 8, 1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    processes = []
-    for rank in ("0", "1"):
-        environment = os.environ | {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        }
-        command = [sys.executable, "-c", ONE_STEP, str(tmp_path), rank]
-        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    for process in processes:
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == 0, error
+    run_processes(ONE_STEP, tmp_path, [], 2)
     for rank in (0, 1):
         split = torch.load(tmp_path / f"gradients-{rank}.pt")
         for name, gradient in whole.items():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from accelerate import PartialState
 
 from lenvm_kernels.checkpoint import load_head
 from lenvm_kernels.checkpoint_files import CANDIDATE_FILE
@@ -214,7 +215,7 @@ def train(experiment: Experiment, _: Sequence[str]) -> None:
         obstacle = LenVMConfig(model.kind, model.backbone, model.served_model, target).serving_obstacle
         if obstacle:
             say(f"the result is for comparison only: {obstacle}")
-        print_figures(train_lenvm(LenVMRun(model, experiment.data, experiment.training, target)))
+        _print_once(train_lenvm(LenVMRun(model, experiment.data, experiment.training, target)))
         return
     assert experiment.heads is not None
     data = experiment.data
@@ -222,7 +223,12 @@ def train(experiment: Experiment, _: Sequence[str]) -> None:
     held_out = select_rollouts(load_rollouts(data.eval_rollouts), DataSettings((), max_tokens=data.max_tokens))
     folder, name = resolve_folder(model.backbone), model.base_name or model.backbone
     check_tokenizer([*rows, *held_out], load_tokenizer(folder), read_vocab_size(folder))
-    print_figures(train_heads(experiment.heads, folder, name, target.gamma, as_lists(rows), as_lists(held_out)))
+    _print_once(train_heads(experiment.heads, folder, name, target.gamma, as_lists(rows), as_lists(held_out)))
+
+
+def _print_once(figures: dict[str, float]) -> None:
+    if PartialState().is_main_process:
+        print_figures(figures)
 
 
 def evaluate(experiment: Experiment, _: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -65,7 +66,7 @@ def extract_states(
     """The states of ``rollouts`` (rows of a rollout file) in their order, computed where ``folder`` has none.
 
     ``layers`` are 0-based decoder layers whose outputs are captured. Aborted completions are left out; a
-    completion that is there twice counts once.
+    completion that is there twice counts once. Several processes share the work, and each gets all states.
     """
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {
@@ -76,10 +77,14 @@ def extract_states(
     fingerprint = _states_fingerprint(model, layers, states_per_rollout, seed)
     stored = {key for path in _shard_paths(folder, fingerprint) for key in _stored_rows(path)}
     missing = [(key, rollouts[index]) for key, index in wanted.items() if key not in stored]
+    processes = PartialState()
+    processes.wait_for_everyone()  # until all have seen the same files
+    missing = missing[processes.process_index :: processes.num_processes]
     for start in tqdm(range(0, len(missing), SHARD_ROLLOUTS), desc="states", unit="shard"):
         shard = missing[start : start + SHARD_ROLLOUTS]
         states = _concat(list(_shard_states(model, shard, layers, states_per_rollout, seed)))
         _write_shard(folder, fingerprint, states, [key for key, _ in shard])
+    processes.wait_for_everyone()
     return _load_states(_shard_paths(folder, fingerprint), wanted)
 
 

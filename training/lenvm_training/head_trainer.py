@@ -200,7 +200,9 @@ def _fit(
     record = _record(module, train, validation, settings, loss_settings)
     output = Path(settings.work) / name / hashlib.sha256(record.encode()).hexdigest()[:16]
     arguments = head_arguments(settings, output, len(validation))
-    claim_output(output, record)
+    with arguments.main_process_first():
+        claim_output(output, record)
+        checkpoint = last_checkpoint(output)
     trainer = HeadTrainer(
         module,
         arguments,
@@ -209,7 +211,7 @@ def _fit(
         eval_dataset=validation,
     )
     with redirect_stdout(sys.stderr):  # the Trainer prints its log; standard output is for figures
-        trainer.train(resume_from_checkpoint=last_checkpoint(output))
+        trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.state.best_global_step is None:
         raise ValueError(f"heads.training: the {name} head's loss on validation was never a finite number")
     module.cpu().eval()

@@ -17,7 +17,6 @@ from lenvm_training.evaluation import evaluate_head
 from lenvm_training.features import extract_states
 from lenvm_training.head_settings import HeadsSettings
 from lenvm_training.head_trainer import head_arguments, recorded_settings, start_head, train_head
-from lenvm_training.model import default_device
 from lenvm_training.model_card import CARD_FILE, described_data, write_model_card
 
 LOSSES = {"value": "squared error of the value", "candidate": "negative log-likelihood, nats"}
@@ -33,12 +32,13 @@ def train_heads(
 ) -> dict[str, float]:
     """Train, evaluate and write the head folder with its card; returns the figures on ``held_rollouts``.
 
-    ``backbone`` is the served model's folder, ``base_model`` its name for the card. Raises ValueError for settings
+    ``backbone`` is the served model's folder, ``base_model`` its name for the card. Of several processes, which share
+    the work, the first one evaluates and writes; the others return no figures. Raises ValueError for settings
     and rollouts that cannot be used: for a bad key of ``heads.training`` before anything is loaded, for ``heads.start``
     before the states are computed.
     """
-    head_arguments(settings, Path(settings.work), 1)
-    model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.bfloat16).to(default_device()).eval()
+    arguments = head_arguments(settings, Path(settings.work), 1)
+    model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.bfloat16).to(arguments.device).eval()
     layers, work, out = settings.layers, Path(settings.work), Path(settings.out)
     config = _head_config(settings, model, base_model, gamma, shared_sampling(rollouts))
     start_head(config, settings.start)  # raises before the long part
@@ -48,6 +48,8 @@ def train_heads(
     held_out = extract_states(model, held_rollouts, layers, settings.states, work / "eval")
     embeddings = model.get_input_embeddings().weight.detach().cpu()
     head, logs = train_head(config, train, validation, embeddings, settings)
+    if arguments.process_index:
+        return {}
     save_head(head, out, getattr(torch, settings.save_dtype))
     figures = evaluate_head(load_head(out), train, held_out, layers, held_rollouts)
     for name, label in LOSSES.items():
