@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 PREPARE = "from lenvm_kernels import torchvision_schema\ntorchvision_schema.declare_if_missing()\n"
@@ -32,9 +33,12 @@ def run_processes(script: str, folder: Path, arguments: Sequence[str], count: in
         )
         for rank in range(count)
     ]
-    outputs = []
-    for process in processes:
-        output, error = process.communicate(timeout=TIME_LIMIT_S)
+    try:
+        with ThreadPoolExecutor() as readers:
+            answers = list(readers.map(lambda process: process.communicate(timeout=TIME_LIMIT_S), processes))
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, error) in zip(processes, answers, strict=True):
         assert process.returncode == 0, error
-        outputs.append(output)
-    return outputs
+    return [output for output, _ in answers]

@@ -197,14 +197,14 @@ def test_a_result_that_the_engine_refuses_says_so(tmp_path: Path, kind: str, spa
 
 @pytest.mark.parametrize("kind", ["full", "lora", "head"])
 def test_a_resumed_run_ends_with_the_same_weights_bit_by_bit(tmp_path: Path, kind: str) -> None:
-    across_epochs = {"save_steps": 2, "per_device_train_batch_size": 16}  # three steps an epoch
+    across_epochs = {"max_steps": 6, "save_steps": 4, "per_device_train_batch_size": 16}  # three steps an epoch
     train_lenvm(make_run(tmp_path, kind, "whole", **across_epochs))
     interrupted = make_run(tmp_path, kind, "resumed", **across_epochs)
     train_lenvm(interrupted)
-    (tmp_path / "resumed" / "checkpoint-4" / "trainer_state.json").unlink()  # as a full disk leaves it
+    (tmp_path / "resumed" / "checkpoint-6" / "trainer_state.json").unlink()  # as a full disk leaves it
     torch.manual_seed(123)
     train_lenvm(interrupted)
-    whole, resumed = (weights(tmp_path / name / "checkpoint-4") for name in ("whole", "resumed"))
+    whole, resumed = (weights(tmp_path / name / "checkpoint-6") for name in ("whole", "resumed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     start = build_lenvm(interrupted.model, TARGET).state_dict()
     assert not torch.equal(start["value_head.fc.weight"], whole["value_head.fc.weight"])

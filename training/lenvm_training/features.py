@@ -131,6 +131,10 @@ def _load_states(paths: Sequence[Path], wanted: Mapping[str, int]) -> StateTable
         shard = StateTable(**load_file(path))
         rollout = indices[shard.rollout]
         parts.append(replace(shard, rollout=rollout).select(rollout >= 0))
+    if left:
+        raise ValueError(
+            f"heads.work: the states of {len(left)} completions are missing; do all processes see one folder?"
+        )
     states = _concat(parts)
     return states.select(states.rollout.argsort(stable=True))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
@@ -135,6 +136,7 @@ def head_arguments(settings: HeadsSettings, output: Path, num_validation: int) -
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
+        "ddp_broadcast_buffers": False,  # the embeddings are one
     }
     return training_arguments(DEFAULTS | settings.training, own, "heads.training")
 
@@ -225,4 +227,8 @@ def _record(
     """Everything that decides the weights of a run, as JSON."""
     start = tensors_digest(module.state_dict())
     data = {"train": tensors_digest(train.tensors), "validation": tensors_digest(validation.tensors)}
-    return json.dumps({**loss_settings, **_optimisation(settings), **data, "start": start}, indent=2) + "\n"
+    count = PartialState().num_processes
+    processes = {"processes": count} if count > 1 else {}
+    return (
+        json.dumps({**loss_settings, **_optimisation(settings), **data, **processes, "start": start}, indent=2) + "\n"
+    )

@@ -51,8 +51,11 @@ from lenvm_training.targets import TargetConfig, mean_target
 RESULT_FOLDER = "lenvm"
 SETTINGS_FILE = "run_config.json"
 FIXED_ARGUMENTS = {"remove_unused_columns": False, "label_names": ["labels"], "save_only_model": False}
-STEP_ORDER = {"train_sampling_strategy": "sequential"}
-"""Of `StepOrder`, which shuffles by itself."""
+STEP_ORDER = {
+    "train_sampling_strategy": "sequential",  # `StepOrder` shuffles by itself
+    "dataloader_persistent_workers": False,  # they would keep the first epoch's order
+    "auto_find_batch_size": False,  # a step would have other rows than the order was made for
+}
 LAST_FILE_OF_CHECKPOINT = "trainer_state.json"
 
 
@@ -107,10 +110,11 @@ def train_lenvm(run: LenVMRun) -> dict[str, float]:
         if dataset is not None:
             check_tokenizer(dataset.rows, tokenizer, model.config.get_text_config().vocab_size)
     rows_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    order_seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     trainer = LenVMTrainer(
         model=model,
         args=arguments,
-        train_dataset=StepOrder(train, rows_per_step, arguments.seed),
+        train_dataset=StepOrder(train, rows_per_step, order_seed),
         eval_dataset=held_out,
         data_collator=build_collator(model, folder),
         compute_metrics=lambda output: state_metrics(output.predictions, output.label_ids, model.space),
