@@ -260,6 +260,7 @@ def test_an_output_folder_belongs_to_one_run(tmp_path: Path) -> None:
         ({"learning_rat": 1}, r"training\.learning_rat: not one of"),
         ({"label_names": ["x"]}, r"training\.label_names: is set by the trainer itself"),
         ({"lr_scheduler_type": "square"}, "training: .*square"),
+        ({"fsdp": "full_shard", "use_cpu": True}, r"training\.fsdp: needs an accelerator"),
     ],
 )
 def test_bad_training_arguments_are_named(tmp_path: Path, bad: dict[str, Any], message: str) -> None:

@@ -147,6 +147,8 @@ def training_arguments(
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"{section}: {str(error).splitlines()[0]}") from None
     arguments: TrainingArguments = parsed
+    if arguments.fsdp and arguments.use_cpu:  # accelerate would leave it out without a word
+        raise ValueError(f"{section}.fsdp: needs an accelerator")
     return arguments
 
 
