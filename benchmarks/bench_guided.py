@@ -222,6 +222,8 @@ def part_figures(
 
 def to_figures(seconds: dict[str, float], chosen: Setting) -> dict[str, float]:
     """Mean seconds a round by kind -> ratios, times a step, host reads a step."""
+    import torch
+
     from host_reads import count_host_reads  # imports SGLang, which the engines do not wait for
 
     plain = seconds["plain"]
@@ -235,7 +237,9 @@ def to_figures(seconds: dict[str, float], chosen: Setting) -> dict[str, float]:
     figures = {key: seconds[name] / plain for key, name in ratios.items() if name in seconds}
     if "idle" in seconds:
         figures["idle_plugin_over_stock"] = plain / seconds["idle"]
-    figures["host_syncs_per_step"] = float(sum(count_host_reads().values()))
+    figures["host_syncs_per_step"] = float(
+        sum(count_host_reads(device="cuda" if torch.cuda.is_available() else "cpu").values())
+    )
     for name, elapsed in seconds.items():
         figures[f"{name}_step_ms"] = 1000 * elapsed / chosen.num_tokens
         figures[f"{name}_tokens_per_s"] = chosen.concurrency * chosen.num_tokens / elapsed

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -71,11 +73,9 @@ class StubRunner:
 
     source = SimpleNamespace(gamma=0.997)
 
-    def __init__(self, num_reqs: int, device: str = "cpu") -> None:
+    def __init__(self, device: str = "cpu") -> None:
         self.device = device
         self.num_forwards = 0
-        slots = torch.zeros(num_reqs, 64, dtype=torch.int32, device=device)
-        self.req_to_token_pool = SimpleNamespace(req_to_token=slots)
 
     def step(self, rows: StepRows) -> Tensor:
         self.num_forwards += 1
@@ -117,6 +117,7 @@ class StepBatch:
             input_ids=rows,
             seq_lens=torch.full_like(rows, 9),
             req_pool_indices=rows,
+            out_cache_loc=rows,
         )
         ones = torch.ones(num_reqs, device=device)
         self.sampling = _SamplingFilters(ones.unsqueeze(1), torch.tensor(top_ks, device=device), ones, 0.01 * ones)
@@ -160,13 +161,32 @@ def make_head_runner(device: str) -> HeadRunner:
 def count_host_reads(num_reqs: int = 16, device: str = "cpu") -> Counter[str]:
     """Host reads in this project's code for a decode step with each kind of LenVM and a change of the batch.
 
-    By operator. On the ``meta`` device, which stands for an accelerator, copies show too, and a read raises.
+    By operator. On the ``meta`` device, which stands for an accelerator, copies show too, and a read raises. On
+    ``cuda`` whatever torch knows to wait for the GPU raises.
     """
     step = StepBatch(num_reqs, device)
-    guide = ValueGuide(StubRunner(num_reqs, device), [2], closing_tokens(device), 1000)  # type: ignore[arg-type]
+    guide = ValueGuide(StubRunner(device), [2], closing_tokens(device), 1000)  # type: ignore[arg-type]
     runner = make_head_runner(device)
-    with HostReads() as reads:
+
+    def run() -> None:
         step.run_value_model(guide)
         step.run_head(runner)
         step.change()
+
+    if device == "cuda":  # kernels are compiled, which waits
+        run()
+    with HostReads() as reads, _waits_raise(device):
+        run()
     return reads.counts
+
+
+@contextmanager
+def _waits_raise(device: str) -> Iterator[None]:
+    if device != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -21,6 +21,7 @@ from sglang.srt.distributed import get_tensor_model_parallel_world_size, tensor_
 from sglang.srt.layers.sampler import SGLANG_RETURN_ORIGINAL_LOGPROB, register_sampler_backend
 from sglang.srt.managers.utils import _async_d2h
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, check_cuda_graph_backend
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context, get_attn_backend
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -45,6 +46,7 @@ CHECK_ARGUMENTS = "sglang.srt.server_args.ServerArgs.check_server_args"
 INIT_TARGET_WORKER = "sglang.srt.managers.scheduler.Scheduler.init_tp_model_worker"
 INIT_MEMORY_POOLS = "sglang.srt.managers.scheduler.Scheduler.init_memory_pools"
 INIT_ATTENTION_BACKENDS = "sglang.srt.managers.scheduler.Scheduler.init_all_attention_backends"
+INIT_CUDA_GRAPHS = "sglang.srt.managers.scheduler.Scheduler.init_all_cuda_graphs"
 KV_BYTES_PER_TOKEN = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size"
 COPY_TO_CPU = "sglang.srt.managers.utils.GenerationBatchResult.copy_to_cpu"
 BATCH_BUILD = "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.adjusted_from_schedule_batch"
@@ -148,6 +150,13 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     """The decoder layers of a causal language model of SGLang, each returning (hidden_states, residual)."""
     layers: nn.ModuleList = model.model.layers
     return layers
+
+
+def disable_prefill_graphs(server_args: Any) -> None:
+    """Run prefills without CUDA graphs: a replay calls no hook on a layer. Call before graphs are captured."""
+    server_args.cuda_graph_config.prefill.backend = Backend.DISABLED
+    if not check_cuda_graph_backend(Phase.PREFILL, Backend.DISABLED):
+        raise IncompatibleEngineError("SGLang's prefill CUDA graphs could not be turned off")
 
 
 def input_embeddings(model: Any) -> Tensor:
@@ -356,6 +365,43 @@ def build_attention_backend(runner: Any) -> Any:
     from sglang.srt.model_executor.model_runner_components.attention_backend_setup import get_attention_backend
 
     return get_attention_backend(model_runner=runner)
+
+
+def captures_decodes(runner: Any) -> bool:
+    """Whether SGLang captures decode steps in CUDA graphs."""
+    if runner.device != "cuda":
+        return False
+    return not check_cuda_graph_backend(Phase.DECODE, Backend.DISABLED)
+
+
+@contextmanager
+def graph_capture() -> Iterator[Callable[[Callable[[], Tensor]], Callable[[], Tensor]]]:
+    """Yields what captures a function of static tensors in a CUDA graph and returns its replay.
+
+    The graphs share a memory pool of their own: in SGLang's, a replay would overwrite the served model's logits.
+    """
+    from sglang.srt.distributed.parallel_state import graph_capture as communicators_captured
+    from sglang.srt.model_executor.runner.base_cuda_graph_runner import freeze_gc
+    from sglang.srt.model_executor.runner_utils.capture_mode import model_capture_mode
+
+    pool = torch.cuda.graph_pool_handle()
+    with freeze_gc(False), model_capture_mode(), communicators_captured() as context:
+
+        def capture(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+            for _ in range(2):  # kernels are compiled and loaded
+                function()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=context.stream):
+                result = function()
+
+            def replay() -> Tensor:
+                graph.replay()
+                return result
+
+            return replay
+
+        yield capture
 
 
 def attention_backend() -> Any:

@@ -75,6 +75,8 @@ def _attach_head(scheduler: Any, folder: Path) -> None:
     head = load_head(folder)
     compat.check_head_fits(head.config, runner.model_config, eos_token_ids)
     layers = compat.decoder_layers(runner.model)
+    if head.config.feature_layers:
+        compat.disable_prefill_graphs(runner.server_args)
     head_runner = HeadRunner(
         head,
         [layers[index] for index in head.config.feature_layers],

@@ -76,10 +76,23 @@ def just_prefilled(forward_batch: Any, control: ControlBatch) -> Tensor:
 
 def last_token_ids(forward_batch: Any) -> Tensor:
     """The token that each row's state ends with: [rows] int64."""
-    ids: Tensor = forward_batch.input_ids
+    return _last(forward_batch.input_ids, forward_batch)
+
+
+def last_slots(forward_batch: Any) -> Tensor:
+    """The KV slot of that token: [rows] int64.
+
+    SGLang's request table may belong to another request by the time that the step runs: with overlap scheduling the
+    row of a finished request is given away meanwhile.
+    """
+    return _last(forward_batch.out_cache_loc, forward_batch)
+
+
+def _last(tokens: Tensor, forward_batch: Any) -> Tensor:
+    """Of [tokens] in the forward, the last one of each row."""
     if forward_batch.forward_mode.is_extend():
-        ids = ids[forward_batch.extend_seq_lens.cumsum(0) - 1]
-    return ids
+        return tokens[forward_batch.extend_seq_lens.cumsum(0) - 1]
+    return tokens
 
 
 def steer_rows(

@@ -20,6 +20,7 @@ class ValueModelHooks:
     * before any model process starts: what can be told without loading a model is checked;
     * at start: the model is loaded after the served one, its KV bytes enter SGLang's memory budget, its KV
       buffers get the served model's slots;
+    * when SGLang has captured the served model's decodes in CUDA graphs, the value model's steps are too;
     * each prefill of the served model is run by the value model too (`ModelRunner.forward`);
     * each decode step is run in our sampler, when candidates can be told from the masked logits.
     """
@@ -36,6 +37,7 @@ class ValueModelHooks:
         compat.after(compat.KV_BYTES_PER_TOKEN, self._count_kv_bytes)
         compat.after(compat.INIT_MEMORY_POOLS, self._share_slots)
         compat.after(compat.INIT_ATTENTION_BACKENDS, self._build_attention)
+        compat.after(compat.INIT_CUDA_GRAPHS, self._capture_steps)
         compat.after(compat.FORWARD, self._extend)
         compat.before(compat.SAMPLE, self._prepare_sampling)
         register_controls()
@@ -70,6 +72,9 @@ class ValueModelHooks:
 
     def _build_attention(self, _result: None, _scheduler: Any) -> None:
         self._guide.runner.build_attention()
+
+    def _capture_steps(self, _result: None, _scheduler: Any) -> None:
+        self._guide.runner.capture_steps()
 
     def _extend(self, output: Any, _runner: Any, forward_batch: Any, *_: Any, **__: Any) -> None:
         if not forward_batch.forward_mode.is_extend():

@@ -29,7 +29,7 @@ def pack_step(
     token_ids: Tensor,
     seq_lens: Tensor,
     req_pool_indices: Tensor,
-    req_to_token: Tensor,
+    slots: Tensor,
     guided: Tensor,
     candidate_ids: Tensor,
     scored: Tensor,
@@ -38,7 +38,7 @@ def pack_step(
     """Pack the rows of R requests, of which G have candidates.
 
     token_ids [R] int64: the tokens just consumed, at positions seq_lens - 1; seq_lens, req_pool_indices [R];
-    req_to_token [max_reqs, max_context] int32; guided [G] int64: which of the R requests have candidates;
+    slots [R]: where their keys go; guided [G] int64: which of the R requests have candidates;
     candidate_ids [G, C] int64; scored [G, C] bool: the candidates that need a row; max_candidate_rows >= the number
     of true elements of ``scored``: T = R + max_candidate_rows.
 
@@ -48,7 +48,7 @@ def pack_step(
     counts = torch.ones_like(seq_lens, dtype=torch.int64)
     counts[guided] += scored.sum(1)  # [R]
     q_starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))  # [R + 1]
-    kv_lens, pool_indices = seq_lens.long(), req_pool_indices.long()
+    kv_lens = seq_lens.long()
     positions = kv_lens - 1
 
     first_rows = q_starts[:-1]
@@ -68,8 +68,8 @@ def pack_step(
         positions=place(positions, candidate_positions),
         first_rows=first_rows,
         candidate_rows=candidate_rows.masked_fill(~scored, 0),
-        slots=req_to_token[pool_indices, positions].long(),
-        req_pool_indices=pool_indices,
+        slots=slots.long(),
+        req_pool_indices=req_pool_indices.long(),
         kv_lens=kv_lens,
         q_starts=q_starts,
     )

@@ -15,6 +15,7 @@ from lenvm_runtime.value_model.attention import CandidateAttentionBackend
 from lenvm_runtime.value_model.models import ARCHITECTURES, find_architecture
 from lenvm_runtime.value_model.packing import StepRows
 from lenvm_runtime.value_model.source import ValueModelSource, check_vocabulary
+from lenvm_runtime.value_model.step_graphs import StepGraphs, graph_sizes
 
 
 class ValueModelRunner(ModelRunner):
@@ -46,6 +47,7 @@ class ValueModelRunner(ModelRunner):
                 is_draft_worker=True,
             )
         self.value_head = load_value_head(source.folder, config.hidden_size).to(self.device)
+        self._step_graphs: StepGraphs | None = None
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -77,6 +79,13 @@ class ValueModelRunner(ModelRunner):
         self.attn_backend = compat.build_attention_backend(self)
         self._step_backend = CandidateAttentionBackend(self.req_to_token_pool, self.token_to_kv_pool)
 
+    def capture_steps(self) -> None:
+        """Capture the steps in CUDA graphs, where SGLang does so with the served model's decodes."""
+        if not compat.captures_decodes(self):
+            return
+        with torch.inference_mode(), compat.graph_capture() as capture:
+            self._step_graphs = StepGraphs(self._run_step, capture, graph_sizes(self.max_running_requests), self.device)
+
     def extend(self, forward_batch: Any) -> Tensor:
         """Run the tokens of a prefill, whose keys and values are cached: their states [tokens, hidden_size]."""
         with torch.inference_mode(), compat.attention(self.attn_backend):
@@ -85,7 +94,15 @@ class ValueModelRunner(ModelRunner):
             return states
 
     def step(self, rows: StepRows) -> Tensor:
-        """Run packed rows; keys and values of each row 0 are cached: V of every row's state [T] fp32."""
+        """Run packed rows; keys and values of each row 0 are cached: V of every row's state [T] fp32.
+
+        The next step may overwrite it.
+        """
+        with torch.inference_mode():
+            values = self._step_graphs.run(rows) if self._step_graphs is not None else None
+        return self._run_step(rows) if values is None else values
+
+    def _run_step(self, rows: StepRows) -> Tensor:
         self._step_backend.set_rows(rows)
         batch = compat.step_batch(rows.input_ids, rows.positions, rows.req_pool_indices, rows.kv_lens, rows.slots)
         with torch.inference_mode(), compat.attention(self._step_backend):

@@ -20,7 +20,15 @@ from lenvm_runtime.guidance import GuidedRows
 from lenvm_runtime.head_runner import INTERVAL
 from lenvm_runtime.input_values import QueryBatch
 from lenvm_runtime.response import CANDIDATES_KEY, PREDICTION_KEY, VALUE_KEY
-from lenvm_runtime.steering import DeviceRows, ScaledTargets, just_prefilled, last_token_ids, released, steer_rows
+from lenvm_runtime.steering import (
+    DeviceRows,
+    ScaledTargets,
+    just_prefilled,
+    last_slots,
+    last_token_ids,
+    released,
+    steer_rows,
+)
 from lenvm_runtime.value_model.packing import StepRows, pack_step, read_candidates
 from lenvm_runtime.value_model.runner import ValueModelRunner
 
@@ -154,7 +162,7 @@ class ValueStep:
             last_token_ids(batch)[taking_part],
             batch.seq_lens[taking_part],
             batch.req_pool_indices[taking_part],
-            self.guide.runner.req_to_token_pool.req_to_token,
+            last_slots(batch)[taking_part],
             guided,
             candidate_ids,
             scored,

@@ -51,6 +51,8 @@ NUM_ABORT_REQUESTS = int(os.environ.get("LENVM_TEST_ABORT_REQUESTS", "1000"))
 MEAN_VALUE = -0.5
 """Of the candidates of about half the steps."""
 MAX_TOTAL_TOKENS = 1600
+GPU_ARGUMENTS = {"attention_backend": "triton", "sampling_backend": "pytorch", "mem_fraction_static": "0.2"}
+"""FlashAttention has no fp32. ``TRITON_F32_DEFAULT=ieee`` in the environment keeps Triton's products from tf32."""
 MAX_RUNNING = 24
 CONTROLS: tuple[dict[str, Any], ...] = (
     {"mode": "equal", "target": 30},
@@ -326,6 +328,7 @@ def running(tmp_path_factory: pytest.TempPathFactory, **arguments: str) -> Itera
         "max_running_requests": str(MAX_RUNNING),
         "schedule_conservativeness": "0.1",  # admits more than fits, so that requests are retracted
         "decode_log_interval": "1",
+        **(GPU_ARGUMENTS if torch.cuda.is_available() else {}),
         **arguments,
     }
     flat = tuple(part for name, value in arguments.items() for part in (f"--{name.replace('_', '-')}", value))
@@ -448,6 +451,7 @@ async def test_candidate_values_survive_aborts_that_leave_no_slot(engine: Engine
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="each rank is bound to a core")
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="each rank needs a GPU of its own")
 async def test_both_models_are_split_over_two_ranks(
     tmp_path_factory: pytest.TempPathFactory, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,15 @@ import pytest
 import torch
 from scipy import stats
 
-from lenvm_kernels.candidates import TOP_K_ALL, Candidates, release_filters, scatter_candidates, select_candidates
+from lenvm_kernels.candidates import (
+    CHUNK,
+    TOP_K_ALL,
+    Candidates,
+    likeliest_tokens,
+    release_filters,
+    scatter_candidates,
+    select_candidates,
+)
 
 VOCAB = 97
 EOS = torch.tensor([3, 50])
@@ -70,6 +78,21 @@ def test_candidates_are_those_of_the_filters_and_eos(num_rows: int, max_candidat
         kept = [(t, p) for t, p in zip(ids[i].tolist(), logprobs[i].tolist(), strict=True) if p > -math.inf]
         assert len(kept) == len(expected)  # no token twice
         assert dict(kept) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("width", [VOCAB, 5 * CHUNK, 40 * CHUNK, 40 * CHUNK + 17])
+@pytest.mark.parametrize("num_tokens", [1, 5, 39])
+def test_the_likeliest_tokens_are_those_of_topk(width: int, num_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    logprobs = torch.randn(7, width, generator=generator)
+    logprobs[1, : 3 * width // 4] = -torch.inf
+    logprobs[2] = -torch.inf
+    logprobs[2, width - 1] = 0.0
+    logprobs[3] = logprobs[3].sort().values  # all of them in neighbouring chunks
+    values, ids = likeliest_tokens(logprobs, num_tokens)
+    assert torch.equal(values, logprobs.topk(num_tokens).values)
+    assert torch.equal(values, logprobs.gather(1, ids))
+    assert all(len(set(row)) == num_tokens for row in ids.tolist())
 
 
 def test_eos_keeps_its_true_chance_beside_filtered_tokens() -> None:

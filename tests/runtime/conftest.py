@@ -1,4 +1,4 @@
-"""SGLang's own model runner in this process, for what runs beside it."""
+"""SGLang's own model runner in this process, for what runs beside it; on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from tiny_lenvm import save_model
 
 
 @pytest.fixture(scope="session")
 def served_runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A tiny Llama in fp32 on the CPU, with SGLang's pools and our attention backend."""
+    """A tiny Llama in fp32, with SGLang's pools; on a CPU with our attention backend."""
     folder = tmp_path_factory.mktemp("served")
     save_model(folder, "llama")
 
@@ -27,9 +28,12 @@ def served_runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     from lenvm_runtime.launch_engine import engine_arguments
     from lenvm_runtime.serve import free_port
 
-    attention_backend.register()
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        attention_backend.register()
     arguments = ["--model-path", str(folder), "--dtype", "float32", "--max-total-tokens", "512"]
-    server_args = prepare_server_args(engine_arguments([*arguments, "--max-running-requests", "8"], on_cpu=True))
+    arguments += ["--max-running-requests", "8", *([] if on_cpu else ["--attention-backend", "triton"])]
+    server_args = prepare_server_args(engine_arguments(arguments, on_cpu))
     get_context().set_server_args(server_args)
     runner = ModelRunner(
         model_config=ModelConfig.from_server_args(server_args),

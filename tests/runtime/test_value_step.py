@@ -23,11 +23,11 @@ def test_packed_rows_are_those_of_a_loop(guided: list[int], padding: int) -> Non
     num_reqs, num_candidates = 4, 5
     tokens, seq_lens = torch.tensor([10, 11, 12, 13]), torch.tensor([3, 1, 7, 4])
     pool_indices = torch.tensor([6, 0, 3, 2])
-    req_to_token = torch.randperm(80, generator=generator).view(8, 10).int()
+    slots = torch.randperm(80, generator=generator)[:num_reqs]
     ids = torch.randint(20, 90, (len(guided), num_candidates), generator=generator)
     scored = torch.rand(ids.shape, generator=generator) < 0.5
     bound = int(scored.sum()) + padding
-    rows = pack_step(tokens, seq_lens, pool_indices, req_to_token, torch.tensor(guided).long(), ids, scored, bound)
+    rows = pack_step(tokens, seq_lens, pool_indices, slots, torch.tensor(guided).long(), ids, scored, bound)
 
     expected, starts = [], [0]
     for request in range(num_reqs):
@@ -39,7 +39,8 @@ def test_packed_rows_are_those_of_a_loop(guided: list[int], padding: int) -> Non
     assert list(zip(rows.input_ids.tolist(), rows.positions.tolist(), strict=True)) == expected + [(0, 0)] * padding
     assert rows.q_starts.tolist() == starts
     assert rows.first_rows.tolist() == starts[:-1]
-    assert rows.slots.tolist() == [int(req_to_token[p, n - 1]) for p, n in zip(pool_indices, seq_lens, strict=True)]
+    assert rows.slots.tolist() == slots.tolist()
+    assert rows.req_pool_indices.tolist() == pool_indices.tolist()
 
     values = -torch.arange(1.0, num_reqs + bound + 1)
     for row, (token_ids, is_scored) in enumerate(zip(ids.tolist(), scored.tolist(), strict=True)):
@@ -103,8 +104,10 @@ def test_the_hosts_bound_holds_every_scored_candidate() -> None:
     assert control.max_candidates[:6] == [32, 5, 31, 32, 50, 32]
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_decode_step_reads_nothing_on_the_host(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     assert not count_host_reads(device=device)
 
 
@@ -136,7 +139,7 @@ def test_the_value_model_runs_once_a_decode_step(controls: list[LengthControl | 
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     num_reqs = len(controls)
-    runner = StubRunner(num_reqs)
+    runner = StubRunner()
     guide = ValueGuide(runner, [EOS], closing_tokens("cpu"), 1000)  # type: ignore[arg-type]
     step = StepBatch(num_reqs, "cpu")
     step.batch.forward_mode = ForwardMode.EXTEND if prefilled else ForwardMode.DECODE
