@@ -49,8 +49,9 @@ def make_model(folder: Path, config: Path, tokenizer: Path) -> dict[str, Any]:
 
 def make_head(served: dict[str, Any]) -> Head:
     """A random head on the final states of a model of this configuration."""
-    size, vocabulary, eos = served["hidden_size"], served["vocab_size"], served["eos_token_id"]
-    config = HeadConfig("random", size, vocabulary, GAMMA, NUM_BINS, MAX_LENGTH, RANK, (), (eos,))
+    size, eos = served["hidden_size"], served["eos_token_id"]
+    ends = tuple(eos) if isinstance(eos, list) else (eos,)
+    config = HeadConfig("random", size, served["vocab_size"], GAMMA, NUM_BINS, MAX_LENGTH, RANK, (), ends)
     return Head(config, ValueHead(size), CandidateHead(config))
 
 

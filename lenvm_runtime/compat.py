@@ -46,6 +46,10 @@ CHECK_ARGUMENTS = "sglang.srt.server_args.ServerArgs.check_server_args"
 INIT_TARGET_WORKER = "sglang.srt.managers.scheduler.Scheduler.init_tp_model_worker"
 INIT_MEMORY_POOLS = "sglang.srt.managers.scheduler.Scheduler.init_memory_pools"
 INIT_ATTENTION_BACKENDS = "sglang.srt.managers.scheduler.Scheduler.init_all_attention_backends"
+PREFILL_GRAPH_OUTPUT = (
+    "sglang.srt.model_executor.runner.prefill_cuda_graph_runner.PrefillCudaGraphRunner._trim_logits_output"
+)
+LAUNCH_DELAYED_SAMPLE = "sglang.srt.managers.scheduler.Scheduler.launch_batch_sample_if_needed"
 INIT_CUDA_GRAPHS = "sglang.srt.managers.scheduler.Scheduler.init_all_cuda_graphs"
 KV_BYTES_PER_TOKEN = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size"
 COPY_TO_CPU = "sglang.srt.managers.utils.GenerationBatchResult.copy_to_cpu"
@@ -150,6 +154,21 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     """The decoder layers of a causal language model of SGLang, each returning (hidden_states, residual)."""
     layers: nn.ModuleList = model.model.layers
     return layers
+
+
+def hold_request_table(runner: Any) -> None:
+    """Let the scheduler's next writes to the request table wait for the whole step, its sampling included.
+
+    SGLang lets them go on once a decode graph has taken what it needs (``Scheduler._apply_war_barrier``); a row of a
+    finished request may then belong to another one.
+    """
+    runner.war_fastpath_read_done_event = None
+
+
+def hold_request_table_of_delayed_sample(_result: None, scheduler: Any, *_: Any) -> None:
+    """The same for a sampling that waits for a grammar: it is launched after the scheduler's barrier."""
+    if scheduler.enable_overlap and scheduler.device == "cuda":
+        scheduler.schedule_stream.wait_stream(scheduler.forward_stream)
 
 
 def disable_prefill_graphs(server_args: Any) -> None:

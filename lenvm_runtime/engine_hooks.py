@@ -56,6 +56,7 @@ def register(head_folder: Path) -> None:
 
     compat.after(compat.INIT_TARGET_WORKER, attach)
     compat.after(compat.LOGITS_FORWARD, _run_value_head)
+    compat.after(compat.PREFILL_GRAPH_OUTPUT, _keep_values)
     compat.before(compat.SAMPLE, _prepare_sampling)
     register_controls()
 
@@ -111,6 +112,11 @@ def _run_value_head(
     result.customized_info = info
 
 
+def _keep_values(trimmed: Any, _runner: Any, output: Any) -> None:
+    """SGLang copies what it knows of a prefill graph's output; the values are those of the live batch."""
+    trimmed.customized_info = output.customized_info
+
+
 def _answer_queries(
     runner: HeadRunner, result: Any, hidden_states: Tensor, features: Tensor, metadata: Any
 ) -> dict[str, Tensor]:
@@ -128,8 +134,9 @@ def _prepare_sampling(runner: Any, logits_output: Any, forward_batch: Any) -> No
     if info is None or _FEATURES_KEY not in info:
         return
     num_rows = len(forward_batch.req_pool_indices)
+    # Copies: the next replay of a CUDA graph may write to its results before they are on the host.
     logits_output.customized_info = {
-        key: DeviceRows(tensor[:num_rows]) for key, tensor in info.items() if key != _FEATURES_KEY
+        key: DeviceRows(tensor[:num_rows].clone()) for key, tensor in info.items() if key != _FEATURES_KEY
     }
     sampling_info = forward_batch.sampling_info
     control: ControlBatch | None = getattr(sampling_info, "lenvm_control", None)

@@ -38,6 +38,7 @@ class ValueModelHooks:
         compat.after(compat.INIT_MEMORY_POOLS, self._share_slots)
         compat.after(compat.INIT_ATTENTION_BACKENDS, self._build_attention)
         compat.after(compat.INIT_CUDA_GRAPHS, self._capture_steps)
+        compat.after(compat.LAUNCH_DELAYED_SAMPLE, compat.hold_request_table_of_delayed_sample)
         compat.after(compat.FORWARD, self._extend)
         compat.before(compat.SAMPLE, self._prepare_sampling)
         register_controls()
@@ -76,8 +77,9 @@ class ValueModelHooks:
     def _capture_steps(self, _result: None, _scheduler: Any) -> None:
         self._guide.runner.capture_steps()
 
-    def _extend(self, output: Any, _runner: Any, forward_batch: Any, *_: Any, **__: Any) -> None:
+    def _extend(self, output: Any, served: Any, forward_batch: Any, *_: Any, **__: Any) -> None:
         if not forward_batch.forward_mode.is_extend():
+            compat.hold_request_table(served)
             return
         runner = self._guide.runner
         states = runner.extend(forward_batch)

@@ -15,8 +15,8 @@ from lenvm_runtime.value_model.packing import StepRows
 _SMALL = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 NUM_ROWS = (*_SMALL, *range(320, 513, 64), *range(640, 1025, 128), *range(1280, 2049, 256))
 """Rows of the captured steps. A larger step takes a GPU longer than the host needs to launch it."""
-ROWS_PER_REQUEST = 4
-"""Of the smaller one of two graphs with the same rows: steps with candidates have fewer requests than rows."""
+ROWS_PER_REQUEST = (1, 4, 16)
+"""Of the graphs with the same rows. Their number of requests decides how attention is cut into tiles and splits."""
 
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """Runs a function of static tensors and returns what runs it again, with the same static result."""
@@ -24,7 +24,7 @@ Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
 def graph_sizes(max_reqs: int) -> list[tuple[int, int]]:
     """(rows, requests) of the steps to capture, in the order in which a batch looks for one that holds it."""
-    counts = ((rows, reqs) for rows in NUM_ROWS for reqs in (rows // ROWS_PER_REQUEST, rows))
+    counts = ((rows, rows // ratio) for rows in NUM_ROWS for ratio in ROWS_PER_REQUEST)
     return sorted({(rows, min(reqs, max_reqs)) for rows, reqs in counts if reqs})
 
 
