@@ -31,8 +31,9 @@ setup: $(INSTALLED)
 serve: $(INSTALLED)
 	@exec $(BIN)/lenvm serve --host "$(HOST)" --port "$(PORT)" --model "$(MODEL)" --lenvm "$(LENVM)" -- $(SGLANG_ARGS)
 
+# One thread a process: two workers whose threads wait for each other's cores are slower than one.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from sample_lenvm import make_lenvm
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
     arguments = ("--chunked-prefill-size", "64", "--random-seed", "1")  # prompts longer than 64 tokens are chunked
+    arguments += ("--max-total-tokens", "32768")
     with running_stack(ServeConfig("127.0.0.1", free_port(), None, None, arguments)) as running:
         yield running
 

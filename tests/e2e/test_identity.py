@@ -28,7 +28,7 @@ NEVER_UNSURE_ENOUGH = build_custom_params(LengthControl("equal", target=5, entro
 
 
 def answers(head: Path | None, custom_params: list[dict[str, Any] | None]) -> list[list[int]]:
-    arguments = ("--random-seed", "7", "--disable-radix-cache")
+    arguments = ("--random-seed", "7", "--disable-radix-cache", "--max-total-tokens", "4096")
     with running_engine(ServeConfig("127.0.0.1", 8000, None, head, arguments)) as (_, url):
         outputs = []
         for parameters, custom in zip(PARAMETERS, custom_params, strict=True):

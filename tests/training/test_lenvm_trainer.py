@@ -28,7 +28,7 @@ from tiny import make_backbone, make_rows, make_tokenizer, write_rows
 TARGET = TargetConfig(gamma=0.9)
 
 
-def make_run(folder: Path, kind: str = "full", name: str = "run", **training: Any) -> LenVMRun:
+def make_run(folder: Path, kind: str = "full", name: str = "run", dropout: float = 0.1, **training: Any) -> LenVMRun:
     backbone = folder / "backbone"
     if not backbone.exists():
         make_backbone(backbone)
@@ -48,7 +48,7 @@ def make_run(folder: Path, kind: str = "full", name: str = "run", **training: An
         **training,
     }
     data = DataSettings((str(folder / "train.jsonl"),), (str(folder / "eval.jsonl"),))
-    model = ModelSettings(str(backbone), "served", "", "", kind, LoraSettings(r=4, alpha=8, dropout=0.1))
+    model = ModelSettings(str(backbone), "served", "", "", kind, LoraSettings(r=4, alpha=8, dropout=dropout))
     return LenVMRun(model, data, settings, TARGET)
 
 
