@@ -261,6 +261,8 @@ def test_an_output_folder_belongs_to_one_run(tmp_path: Path) -> None:
         ({"label_names": ["x"]}, r"training\.label_names: is set by the trainer itself"),
         ({"lr_scheduler_type": "square"}, "training: .*square"),
         ({"fsdp": "full_shard", "use_cpu": True}, r"training\.fsdp: needs an accelerator"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, r"training\.deepspeed: ZeRO 3 saves no whole weights"),
+        ({"deepspeed": "no/such.json"}, r"training\.deepspeed: .*no/such\.json"),
     ],
 )
 def test_bad_training_arguments_are_named(tmp_path: Path, bad: dict[str, Any], message: str) -> None:

@@ -20,7 +20,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, HfArgumentParser, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, Trainer, TrainingArguments
 
 from lenvm_training import plots
 from lenvm_training.metrics import FIGURES, state_metrics
@@ -28,7 +28,6 @@ from lenvm_training.model import (
     LenVM,
     ModelSettings,
     build_lenvm,
-    load_language_model,
     load_tokenizer,
     resolve_folder,
     restore_lenvm,
@@ -56,6 +55,7 @@ STEP_ORDER = {
     "dataloader_persistent_workers": False,  # they would keep the first epoch's order
     "auto_find_batch_size": False,  # a step would have other rows than the order was made for
 }
+GATHER_WEIGHTS = "stage3_gather_16bit_weights_on_model_save"
 LAST_FILE_OF_CHECKPOINT = "trainer_state.json"
 
 
@@ -142,6 +142,7 @@ def training_arguments(
             raise ValueError(f"{section}.{name}: is set by the trainer itself")
         if name not in TrainingArguments.__dataclass_fields__:
             raise ValueError(f"{section}.{name}: not one of transformers.TrainingArguments")
+    _check_gathered(settings.get("deepspeed"), f"{section}.deepspeed")
     try:
         (parsed,) = HfArgumentParser(TrainingArguments).parse_dict({**defaults, **settings, **fixed})
     except (ValueError, TypeError, ImportError) as error:
@@ -150,6 +151,17 @@ def training_arguments(
     if arguments.fsdp and arguments.use_cpu:  # accelerate would leave it out without a word
         raise ValueError(f"{section}.fsdp: needs an accelerator")
     return arguments
+
+
+def _check_gathered(deepspeed: Any, name: str) -> None:
+    """Raises ValueError where DeepSpeed's configuration (a mapping, or a JSON file's path) leaves weights in shards."""
+    try:
+        config = json.loads(Path(deepspeed).read_text()) if isinstance(deepspeed, str) else deepspeed or {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") == 3 and zero.get(GATHER_WEIGHTS) is not True:
+        raise ValueError(f"{name}: ZeRO 3 saves no whole weights without zero_optimization.{GATHER_WEIGHTS}: true")
 
 
 def build_collator(model: LenVM, backbone: Path) -> RolloutCollator:
@@ -225,9 +237,14 @@ def _complete_result(
 
 
 def _convert_weights(folder: Path, kind: str, dtype: torch.dtype) -> None:
-    """The backbone's or the adapter's weights in another precision; the value head keeps its own."""
-    if kind == "full":
-        load_language_model(folder, dtype).save_pretrained(folder)
-    elif kind == "lora":
-        path = folder / SAFETENSORS_WEIGHTS_NAME
+    """The backbone's or the adapter's weights in another precision; the value head keeps its own.
+
+    File by file: a model that transformers loads while DeepSpeed is active is sharded, which takes every process.
+    """
+    for path in folder.glob("model*.safetensors" if kind == "full" else SAFETENSORS_WEIGHTS_NAME):
         save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    if kind == "full":
+        config = AutoConfig.from_pretrained(folder)
+        for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+            part.dtype = dtype
+        config.save_pretrained(folder)
