@@ -262,6 +262,7 @@ def test_an_output_folder_belongs_to_one_run(tmp_path: Path) -> None:
         ({"lr_scheduler_type": "square"}, "training: .*square"),
         ({"fsdp": "full_shard", "use_cpu": True}, r"training\.fsdp: needs an accelerator"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, r"training\.deepspeed: ZeRO 3 saves no whole weights"),
+        ({"deepspeed": True}, r"training\.deepspeed: neither a mapping"),
         ({"deepspeed": "no/such.json"}, r"training\.deepspeed: .*no/such\.json"),
     ],
 )

@@ -159,6 +159,8 @@ def _check_gathered(deepspeed: Any, name: str) -> None:
         config = json.loads(Path(deepspeed).read_text()) if isinstance(deepspeed, str) else deepspeed or {}
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from None
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{name}: neither a mapping nor the path of a JSON file with one")
     zero = config.get("zero_optimization", {})
     if zero.get("stage") == 3 and zero.get(GATHER_WEIGHTS) is not True:
         raise ValueError(f"{name}: ZeRO 3 saves no whole weights without zero_optimization.{GATHER_WEIGHTS}: true")
