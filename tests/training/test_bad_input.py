@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import shlex
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lenvm_training import __main__ as steps_by_flags
 from lenvm_training import commands, endpoints, experiment_steps
 from local_engine import local_engine
 from tiny import make_rows, write_rows
@@ -62,6 +67,7 @@ def files(tmp_path: Path) -> None:
     (tmp_path / "cut.jsonl").write_text(text[:-30])
     (tmp_path / "broken.jsonl").write_text(text[:300] + "\n" + text[500:])
     (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "bytes.jsonl").write_bytes(b'{"id": "\xff"}\n')
     (tmp_path / "fields.jsonl").write_text('{"prompt_id": "a"}\n')
     prompt = json.dumps({"id": "a", "domain": "d", "messages": [{"role": "user", "content": "w5"}]})
     (tmp_path / "one_prompt.jsonl").write_text(prompt + "\n")
@@ -109,6 +115,10 @@ ONE_PROMPT = "prompts.out=one_prompt.jsonl prompts.eval_out=one_prompt.jsonl rol
         ("evaluate config.yaml evaluation=null", "evaluation: missing"),
         ("prompts config.yaml prompts=null", "prompts: missing"),
         ("rollouts config.yaml rollouts.api=telnet", "config.yaml: rollouts.api: must be one of engine, openai"),
+        ("train config.yaml data.max_prompts=-5", "config.yaml: data.max_prompts: must be at least 1, got -5"),
+        ("rollouts config.yaml 'rollouts.sampling={top_p: 0}'", "config.yaml: rollouts.sampling.top_p: must be "),
+        (f"rollouts config.yaml rollouts.out=new.jsonl rollouts.eval_out=new2.jsonl {ONE_PROMPT} "
+         "rollouts.engine_url=http://host:port", "rollouts.engine_url / --engine-url: 'http://host:port' is no"),
         ("downsample rollouts.jsonl o.jsonl --samples 0", "--samples: must be at least 1"),
         # missing columns and fields
         (SOURCES % ("words.jsonl", "text: question"), "words.jsonl: no column 'question'; there are q"),
@@ -135,6 +145,10 @@ ONE_PROMPT = "prompts.out=one_prompt.jsonl prompts.eval_out=one_prompt.jsonl rol
          "cut_prompts.jsonl:2: not a JSON object"),
         (f"rollouts config.yaml rollouts.eval_out=list.jsonl rollouts.out=new.jsonl {ONE_PROMPT}",
          "list.jsonl:1: not a JSON object"),
+        ("report list.jsonl --out report", "list.jsonl:1: not a JSON object"),
+        ("ungroup list.jsonl out.jsonl --model backbone", "list.jsonl:1: not a JSON object"),
+        ("ungroup bytes.jsonl out.jsonl --model backbone", "bytes.jsonl:1: not UTF-8 text"),
+        ("group rollouts.jsonl out.jsonl --prompts bytes.jsonl --model backbone", "bytes.jsonl:1: not UTF-8 text"),
         (SOURCES % ("cut_words.jsonl", "text: q"), "cut_words.jsonl: cannot be loaded (JSON parse error"),
         (SOURCES % ("cut.parquet", "text: q"), "cut.parquet: cannot be loaded ("),
         ("train config.yaml model.backbone=half_model", "half_model: Error while deserializing header"),
@@ -156,7 +170,7 @@ def test_a_run_that_could_not_begin_leaves_its_folder_to_the_next(wrong: str) ->
 
 @pytest.mark.usefixtures("files")
 def test_completions_of_another_tokenizer_are_not_evaluated_or_added_to(capsys: pytest.CaptureFixture[str]) -> None:
-    heads = "training=null 'heads={work: states, out: head, epochs: 1, states: 6, rank: 8}'"
+    heads = "training=null 'heads={work: states, out: head, epochs: 1, state_share: 0.3, rank: 8}'"
     assert run("train config.yaml training.max_steps=1") == 0
     for call in (
         "evaluate config.yaml data.eval_rollouts=[other.jsonl]",
@@ -194,6 +208,30 @@ def test_a_file_that_lost_its_end_is_sampled_to_its_end(tmp_path: Path, capsys: 
     assert rows[:-1] == whole[:-1]
     assert [rows[-1][name] for name in ("prompt_id", "sample")] == [whole[-1][name] for name in ("prompt_id", "sample")]
     assert run(f"train {config} training.max_steps=1") == 0
+
+
+@pytest.mark.usefixtures("files")
+def test_sampling_by_flags_that_is_stopped_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def until_stopped(*_: Any, stop: asyncio.Event) -> int:
+        os.kill(os.getpid(), signal.SIGINT)
+        await stop.wait()
+        return 3
+
+    monkeypatch.setattr(steps_by_flags, "sample_rollouts", until_stopped)
+    flags = "--prompts one_prompt.jsonl --out a.jsonl --model backbone --engine-url http://127.0.0.1:9"
+    assert steps_by_flags.main(["rollouts", *flags.split()]) == 130
+    assert "lenvm_training: stopped; run the same command again to go on" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("files")
+def test_two_files_whose_prompts_have_the_same_ids_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("words.jsonl").write_text('{"question": "w5"}\n')
+    flags = "--file a=words.jsonl:1 --file b=words.jsonl:1 --templates 0 --out out.jsonl"
+    assert steps_by_flags.main(["prompts", *flags.split()]) == 2
+    assert "--file: two prompts of the id 'words-0'" in capsys.readouterr().err
+    assert not Path("out.jsonl").exists()
 
 
 @pytest.mark.usefixtures("files", "no_waits")
@@ -264,6 +302,6 @@ def test_a_full_disk_stops_each_step_and_it_goes_on(tmp_path: Path, capsys: pyte
     full(capsys, f"evaluate {config}", 1000)
     assert run(f"evaluate {config}") == 0
     assert Path("run/evaluation/calibration.png").stat().st_size > 1000
-    heads = f"{config} training=null 'heads={{work: states, out: head, epochs: 1, states: 6, rank: 8}}'"
+    heads = f"{config} training=null 'heads={{work: states, out: head, epochs: 1, state_share: 0.3, rank: 8}}'"
     full(capsys, f"train {heads}", 5000)
     assert run(f"train {heads}") == 0

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
+import shutil
 import sys
 import tomllib
+from collections.abc import Sequence
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,8 +20,9 @@ import yaml
 from lenvm_runtime import cli
 from lenvm_training import commands, experiment_steps, features
 from lenvm_training.__main__ import main as steps_by_flags
+from lenvm_training.tokens import tokenizer_fingerprint
 from local_engine import local_engine
-from tiny import make_backbone, make_rows, write_rows
+from tiny import make_backbone, make_rows, make_tokenizer, write_rows
 from tiny_experiment import lines, write_config
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +76,15 @@ def test_files_are_converted_and_thinned_out(tmp_path: Path) -> None:
 def test_heads_on_frozen_states_are_trained_by_the_same_command(tmp_path: Path) -> None:
     write_rows(tmp_path / "rollouts.jsonl", make_rows(40, 0))
     write_rows(tmp_path / "eval.jsonl", make_rows(12, 1, num_samples=6))
-    heads = {"work": "states", "out": "head", "epochs": 3, "states": 6, "num_bins": 8, "max_length": 32, "rank": 8}
+    heads = {
+        "work": "states",
+        "out": "head",
+        "epochs": 3,
+        "state_share": 0.3,
+        "num_bins": 8,
+        "max_length": 32,
+        "rank": 8,
+    }
     config = write_config(tmp_path, heads=heads, training=None)
     assert commands.train([config, "heads.training.learning_rat=1"]) == 2
     assert not Path("states").exists()
@@ -166,6 +180,104 @@ def test_what_would_stop_the_sampling_is_found_before_an_engine_is_started(
     assert error.startswith(f"lenvm {command}: {message}")
 
 
+@pytest.fixture
+def files(tmp_path: Path) -> str:
+    """Rollouts for both sides that name their tokenizer, and a file where a folder should be; the configuration."""
+    tokenizer = {"tokenizer": tokenizer_fingerprint(make_tokenizer())}
+    write_rows(tmp_path / "rollouts.jsonl", [row | tokenizer for row in make_rows(40)])
+    write_rows(tmp_path / "eval.jsonl", [row | tokenizer for row in make_rows(8, 1)])
+    (tmp_path / "taken").write_text("a file")
+    return write_config(tmp_path)
+
+
+HEADS = ["training=null", "heads={work: states, out: head, epochs: 1, rank: 8, num_bins: 8, max_length: 32}"]
+
+
+def refusal(capsys: pytest.CaptureFixture[str], command: str, arguments: Sequence[str]) -> str:
+    """The one line of a command that ends with status 2."""
+    capsys.readouterr()
+    assert getattr(commands, command)(arguments) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"lenvm {command}: ")
+    return line.removeprefix(f"lenvm {command}: ")
+
+
+@pytest.mark.parametrize("taken", ["taken", "taken/below"])
+def test_a_file_where_a_folder_should_be_is_named(files: str, capsys: pytest.CaptureFixture[str], taken: str) -> None:
+    assert commands.train([files, "training.max_steps=1"]) == 0
+    for command, arguments in (
+        ("report", ["rollouts.jsonl", "--out", taken]),
+        ("train", [files, f"training.output_dir={taken}"]),
+        ("train", [files, *HEADS, f"heads.work={taken}"]),
+        ("evaluate", [files, f"evaluation.out={taken}"]),
+    ):
+        assert re.fullmatch(
+            f"{taken}[^:]*: (is a file, not a folder|Not a directory)", refusal(capsys, command, arguments)
+        )
+
+
+def test_a_place_that_cannot_be_written_to_is_named(
+    files: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mkdir(path: Path, **_: Any) -> NoReturn:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    assert refusal(capsys, "report", ["rollouts.jsonl", "--out", "there"]) == "there: Read-only file system"
+
+
+def test_prompts_that_leave_nothing_to_do_are_refused(files: str, capsys: pytest.CaptureFixture[str]) -> None:
+    split = refusal(capsys, "prompts", [files, "prompts.self_made=0", "prompts.eval_fraction=1e-9"])
+    assert split == "prompts.eval_fraction: 1e-09 of 40 prompts leaves none for eval_prompts.jsonl"
+    assert not Path("prompts.jsonl").exists()
+    assert commands.prompts([files, "prompts.self_made=0"]) == 0
+    new = [files, "rollouts.engine_url=http://127.0.0.1:9", "rollouts.out=a.jsonl", "rollouts.eval_out=b.jsonl"]
+    limit = refusal(capsys, "rollouts", [*new, "rollouts.max_prompt_tokens=3"])
+    count = len(lines("eval_prompts.jsonl"))
+    assert limit == f"rollouts.max_prompt_tokens: none of the {count} prompts for b.jsonl is within 3"
+
+
+def test_the_environments_model_is_that_of_its_engine_alone(
+    files: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(experiment_steps.SERVED_MODEL, "gone/model")
+    assert commands.prompts([files, "prompts.self_made=0"]) == 0
+    new = [files, "rollouts.out=a.jsonl", "rollouts.eval_out=b.jsonl"]
+    with local_engine() as url:
+        assert commands.rollouts([*new, f"rollouts.engine_url={url}"]) == 0
+        monkeypatch.setenv(experiment_steps.ENGINE_URL, url)
+        assert commands.rollouts([*new, f"rollouts.engine_url={url}"]) == 0
+        assert refusal(capsys, "rollouts", new).startswith("gone/model: neither a folder nor a model of the hub")
+
+
+def test_every_held_out_completion_is_evaluated(files: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = lines("eval.jsonl")
+    rows[0]["output_token_ids"] = [9] * 4200 + [1]
+    write_rows(Path("eval.jsonl"), rows)
+    assert commands.train([files, "training.max_steps=1"]) == 0
+    assert commands.evaluate([files, "evaluation.min_samples=1"]) == 0
+    figures = json.loads(Path("run/evaluation/evaluation.json").read_text())
+    assert figures["num_samples"] == sum(row["finish_reason"] == "stop" for row in rows)
+    capsys.readouterr()
+    assert commands.train([files, *HEADS]) == 0
+    left_out = "lenvm: 1 of 32 held-out completions are left out: more than data.max_tokens, 4096"
+    assert left_out in capsys.readouterr().err.splitlines()
+
+
+def test_what_is_evaluated_fits_the_rollouts(files: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.train([files, "training.max_steps=1"]) == 0
+    assert commands.evaluate([files, "evaluation.lenvm=run/checkpoint-1"]) == 0
+    shutil.copytree("run/lenvm", "other")
+    make_tokenizer("x").save_pretrained("other")
+    for name in ("lenvm", "probe_model"):
+        line = refusal(capsys, "evaluate", [files, f"evaluation.{name}=other"])
+        assert re.match(rf"evaluation\.{name}: prompt 1-\d sample \d: sampled with another tokenizer", line)
+    write_rows(tmp_path / "eval.jsonl", lines("eval.jsonl") + lines("rollouts.jsonl")[:4])
+    for command, arguments in (("evaluate", [files]), ("train", [files, *HEADS])):
+        line = refusal(capsys, command, arguments)
+        assert line.startswith("data.eval_rollouts: prompt 0-0 is in data.rollouts too")
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -213,7 +325,15 @@ def test_a_sweep_of_heads_computes_each_state_once(tmp_path: Path, monkeypatch: 
     rows, eval_rows = make_rows(40), make_rows(8, 1)
     write_rows(tmp_path / "rollouts.jsonl", rows)
     write_rows(tmp_path / "eval.jsonl", eval_rows)
-    heads = {"work": "states", "out": "head", "epochs": 1, "states": 6, "num_bins": 8, "max_length": 32, "rank": 8}
+    heads = {
+        "work": "states",
+        "out": "head",
+        "epochs": 1,
+        "state_share": 0.3,
+        "num_bins": 8,
+        "max_length": 32,
+        "rank": 8,
+    }
     write_config(tmp_path, heads=heads, training=None)
     variants = {"32": {"data.max_prompts": 8}, "80": {"data.max_prompts": 20}, "all": {"data.max_prompts": None}}
     sweep = {"name": "completions", "base": "config.yaml", "out": "sweep", "variants": variants}

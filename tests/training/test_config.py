@@ -72,6 +72,12 @@ def test_shipped_sweeps_are_valid(path: Path) -> None:
         ),
         ("heads={work: w, out: o, save_dtype: int8}", "f.yaml: heads.save_dtype: must be one of float32, bfloat16"),
         ("evaluation={out: e, dtype: int8}", "f.yaml: evaluation.dtype: must be one of float32, bfloat16, float16"),
+        ("evaluation={out: e, gamma: 1}", "f.yaml: evaluation.gamma: must be between 0 and 1, got 1.0"),
+        ("evaluation={out: e, gamma: 0}", "f.yaml: evaluation.gamma: must be between 0 and 1, got 0.0"),
+        ("evaluation={out: e, min_samples: 0}", "f.yaml: evaluation.min_samples: must be at least 1, got 0"),
+        ("evaluation={out: e, max_fit_prompts: 1}", "f.yaml: evaluation.max_fit_prompts: must be at least 2, got 1"),
+        ("rollouts={out: a, eval_out: b, max_prompt_tokens: 0}", "f.yaml: rollouts.max_prompt_tokens: must be at"),
+        ("prompts={out: a, eval_out: b, self_made: 2, templates: -1}", "f.yaml: prompts.templates: must be at least 0"),
         ("heads={work: w, out: o}", "f.yaml: give exactly one of 'training' and 'heads'"),
         ("training=null", "f.yaml: give exactly one of 'training' and 'heads'"),
         ("training={}", "f.yaml: training.output_dir: missing"),
@@ -94,7 +100,53 @@ def test_heads_take_gamma_alone(override: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "message"), [("lonely", "expected key=value"), ("data.rollouts.x=1", "is not inside a mapping")]
+    ("override", "message"),
+    [
+        ("model.kind=lora", r"f\.yaml: model\.kind: does nothing for 'heads'"),
+        ("model.lora.r=4", r"f\.yaml: model\.lora: does nothing"),
+        ("model.dtype=bfloat16", r"f\.yaml: model\.dtype: does nothing"),
+        ("model.save_dtype=float32", r"f\.yaml: model\.save_dtype: does nothing"),
+        ("model.attn_implementation=eager", r"f\.yaml: model\.attn_implementation: does nothing"),
+        ("model.served_name=other", r"f\.yaml: model\.served_name: does nothing"),
+        ("data.max_eval_completions=5", r"f\.yaml: data\.max_eval_completions: does nothing"),
+    ],
+)
+def test_what_heads_would_ignore_is_refused(override: str, message: str) -> None:
+    heads = ["training=null", "heads={work: w, out: o}", "model.base_name=b", "model.served_name=b"]
+    build_experiment(apply_overrides(LEAST, heads), "f.yaml")
+    with pytest.raises(ConfigError, match=message):
+        build_experiment(apply_overrides(LEAST, [*heads, override]), "f.yaml")
+
+
+def test_the_users_own_folder_is_expanded_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    keys = [
+        "model={backbone: ~/b, served_model: owner/~name}",
+        "data={rollouts: [~/r, r], eval_rollouts: [~/e]}",
+        "training={output_dir: ~/o, deepspeed: ~/d.json}",
+        "prompts={out: ~/p, eval_out: ~/q, image_folder: ~/i, self_made: 1}",
+        "rollouts={out: ~/r, eval_out: ~/e, extend: [~/x]}",
+        "evaluation={out: ~/v, lenvm: ~/l, probe_model: ~/m}",
+    ]
+    experiment = build_experiment(apply_overrides(LEAST, keys), "f.yaml")
+    assert experiment.training == {"output_dir": "/home/someone/o", "deepspeed": "/home/someone/d.json"}
+    assert (experiment.model.backbone, experiment.model.served_model) == ("/home/someone/b", "owner/~name")
+    assert experiment.data.rollouts == ("/home/someone/r", "r")
+    heads = build_experiment(apply_overrides(LEAST, ["training=null", "heads={work: ~/w, out: ~/h, start: ~/s}"]), "f")
+    paths = [str(section) for section in (experiment.prompts, experiment.rollouts, experiment.evaluation, heads.heads)]
+    assert [path.count("/home/someone/") for path in paths] == [3, 3, 3, 3]
+    assert "~" not in "".join(paths)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lonely", "^expected key=value"),
+        ("data.rollouts.x=1", r"^data\.rollouts\.x: .* is not inside a mapping"),
+        ("data.rollouts=[a", r"^data\.rollouts=\[a: .*expected ',' or ']'"),
+        ("data.rollouts=@a", r"^data\.rollouts=@a: .*cannot start any token"),
+        ("data.seed=2024-13-01", r"^data\.seed=2024-13-01: month must be in"),
+    ],
 )
 def test_what_is_no_assignment_is_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -111,10 +163,13 @@ def test_overrides_are_yaml_and_leave_the_rest(tmp_path: Path) -> None:
     assert experiment.model.backbone == "b"
 
 
-@pytest.mark.parametrize("text", ["- a\n", "a: [1\n"])
-def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "f.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=r"f\.yaml: "):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(b"- a\n", "not a mapping of keys"), (b"a: [1\n", "expected ',' or ']'"), (b"a: caf\xe9\n", "not UTF-8 text")],
+)
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: bytes, message: str) -> None:
+    (tmp_path / "f.yaml").write_bytes(text)
+    with pytest.raises(ConfigError, match=rf"f\.yaml: .*{message}"):
         load_yaml(tmp_path / "f.yaml")
 
 
@@ -176,7 +231,11 @@ def test_another_stage_is_refused() -> None:
 
 def test_a_sweep_runs_what_is_missing_and_makes_its_table(tmp_path: Path) -> None:
     base = tmp_path / "base.yaml"
-    base.write_text("model: {backbone: b, served_model: s}\ndata: {rollouts: [a]}\ntraining: {output_dir: o}\n")
+    rollouts = tmp_path / "rollouts.jsonl"
+    rollouts.write_text("{}\n")
+    base.write_text(
+        f"model: {{backbone: b, served_model: s}}\ndata: {{rollouts: [{rollouts}]}}\ntraining: {{output_dir: o}}\n"
+    )
     keys: dict[str, dict[str, Any]] = {"small": {"target.gamma": 0.9}, "large": {"target.gamma": 0.99}}
     sweep = Sweep("gamma", "base.yaml", str(tmp_path / "out"), keys, {"data.seed": 3})
     experiments = variant_experiments(sweep, tmp_path / "sweep.yaml", ["data.max_prompts=5"])
@@ -202,12 +261,30 @@ def test_a_sweep_runs_what_is_missing_and_makes_its_table(tmp_path: Path) -> Non
     assert "| small | 0.5 |" in (tmp_path / "out" / "sweep.md").read_text()
     assert (tmp_path / "out" / "sweep.png").exists()
     others = variant_experiments(sweep, tmp_path / "sweep.yaml", ["data.max_prompts=6"])
-    with pytest.raises(ConfigError, match=r"evaluation.json: is of other settings than the sweep's now"):
+    refusal = r"evaluation.json: is of other settings or rollouts than the sweep's now"
+    with pytest.raises(ConfigError, match=refusal):
         run_sweep(sweep, others, run, ran.append)
+    rollouts.write_text("{}\n{}\n")
+    with pytest.raises(ConfigError, match=refusal):
+        run_sweep(sweep, experiments, run, ran.append)
+    rollouts.write_text("{}\n")
+    assert run_sweep(sweep, experiments, run, ran.append) == first
     (tmp_path / "out" / "small" / "evaluation" / "experiment.json").unlink()
-    with pytest.raises(ConfigError, match=r"evaluation.json: is of other settings than the sweep's now"):
+    with pytest.raises(ConfigError, match=refusal):
         run_sweep(sweep, experiments, run, ran.append)
     assert len(ran) == 4
+
+
+def test_a_sweeps_folder_and_base_may_lie_in_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.yaml").write_text(
+        "model: {backbone: b, served_model: s}\ndata: {rollouts: [a]}\ntraining: {output_dir: o}\n"
+    )
+    path = tmp_path / "elsewhere" / "sweep.yaml"
+    path.parent.mkdir()
+    path.write_text("{name: n, base: ~/base.yaml, out: ~/out, variants: {v: {target.gamma: 0.9}}}\n")
+    sweep = load_sweep(path)
+    assert variant_experiments(sweep, path, [])["v"].output_dir == f"{sweep.out}/v" == f"{tmp_path}/out/v"
 
 
 def test_the_default_models_configurations_name_the_folder_that_it_is_converted_to() -> None:

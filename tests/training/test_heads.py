@@ -25,12 +25,12 @@ torchvision_schema.declare_if_missing()
 from huggingface_hub import ModelCard  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from lenvm_training.evaluation import evaluate_head  # noqa: E402
-from lenvm_training.features import StateTable, _stored_rows, extract_states  # noqa: E402
+from lenvm_training.evaluation import _remaining_errors, evaluate_head  # noqa: E402
+from lenvm_training.features import StateTable, _kept_positions, _stored_rows, extract_states  # noqa: E402
 from lenvm_training.head_losses import length_nll  # noqa: E402
 from lenvm_training.head_settings import HeadsSettings  # noqa: E402
 from lenvm_training.head_trainer import recorded_settings, train_head  # noqa: E402
-from lenvm_training.heads_run import shared_sampling  # noqa: E402
+from lenvm_training.heads_run import shared_sampling, train_heads  # noqa: E402
 from lenvm_training.model_card import add_evaluation, described_data, front_matter, write_model_card  # noqa: E402
 from processes import run_processes  # noqa: E402
 
@@ -77,7 +77,7 @@ def rollouts(num_prompts: int, seed: int) -> list[dict[str, Any]]:
 
 def test_states_are_those_of_a_plain_forward(model: Any, tmp_path: Path) -> None:
     rows = rollouts(8, 1)
-    states = extract_states(model, rows, LAYERS, 6, tmp_path)
+    states = extract_states(model, rows, LAYERS, 0.3, tmp_path)
     assert torch.equal(states.censored, torch.tensor([rows[i]["finish_reason"] == "length" for i in states.rollout]))
     for state in range(0, len(states.position), 17):
         row = rows[int(states.rollout[state])]
@@ -90,6 +90,24 @@ def test_states_are_those_of_a_plain_forward(model: Any, tmp_path: Path) -> None
         assert states.next_token[state] == row["output_token_ids"][position]
         assert states.remaining[state] == len(row["output_token_ids"]) - position
         assert prefix.shape[1] == prompt_len + position
+
+
+def test_a_state_is_kept_whatever_comes_after_it() -> None:
+    """Else the values learned would be those of answers that are over soon."""
+    for length in (3, 60):
+        kept = torch.cat([_kept_positions(length, 0.25, seed) for seed in range(4000)]).bincount(minlength=length)
+        assert kept[0] == 4000
+        torch.testing.assert_close(kept[1:] / 4000, torch.full((length - 1,), 0.25), atol=0.035, rtol=0)
+
+
+def test_errors_at_a_place_count_each_completion_once() -> None:
+    """Halfway, two completions of 100 and 10 tokens; the long one has eleven states there, the short one has one."""
+    position, length = torch.cat([torch.arange(45, 56), torch.tensor([5])]), torch.tensor([100] * 11 + [10])
+    rollout, remaining = torch.tensor([0] * 11 + [7]), length - position
+    zeros, none = torch.zeros(12, 1), torch.zeros(12, dtype=torch.int64)
+    states = StateTable(zeros, zeros[:, None], none, position, remaining, none.bool(), rollout)
+    errors = _remaining_errors(states, remaining * torch.tensor([1.5] * 11 + [1.1]))
+    assert errors["remaining_mre_50"] == pytest.approx(0.1)
 
 
 @contextmanager
@@ -108,9 +126,9 @@ def assert_same(states: StateTable, expected: StateTable) -> None:
 
 def test_states_that_are_there_are_not_computed_again(model: Any, tmp_path: Path) -> None:
     rows = rollouts(4, 1)
-    first = extract_states(model, rows, LAYERS, 6, tmp_path)
+    first = extract_states(model, rows, LAYERS, 0.3, tmp_path)
     with counted_rows(model) as counts:
-        assert_same(extract_states(model, rows, LAYERS, 6, tmp_path), first)
+        assert_same(extract_states(model, rows, LAYERS, 0.3, tmp_path), first)
     assert counts == []
 
 
@@ -120,22 +138,22 @@ def test_only_the_rows_that_are_missing_are_computed(model: Any, tmp_path: Path)
     with counted_rows(model) as counts:
         for part in (few, rows, few):
             assert_same(
-                extract_states(model, part, LAYERS, 6, tmp_path / "shared"),
-                extract_states(model, part, LAYERS, 6, tmp_path / f"own-{len(part)}"),
+                extract_states(model, part, LAYERS, 0.3, tmp_path / "shared"),
+                extract_states(model, part, LAYERS, 0.3, tmp_path / f"own-{len(part)}"),
             )
     shared, own = len(rows), len(few) + len(rows)
     assert sum(counts) == shared + own
 
 
-@pytest.mark.parametrize("change", ["layers", "count", "seed", "weights", "config", "tokens", "finish_reason"])
+@pytest.mark.parametrize("change", ["layers", "share", "seed", "weights", "config", "tokens", "finish_reason"])
 def test_states_of_something_else_are_never_reused(model: Any, tmp_path: Path, change: str) -> None:
     rows = rollouts(4, 1)
-    extract_states(model, rows, LAYERS, 6, tmp_path / "shared")
-    other, layers, count, seed = copy.deepcopy(model), LAYERS, 6, 0
+    extract_states(model, rows, LAYERS, 0.3, tmp_path / "shared")
+    other, layers, share, seed = copy.deepcopy(model), LAYERS, 0.3, 0
     if change == "layers":
         layers = (1,)
-    elif change == "count":
-        count = 7
+    elif change == "share":
+        share = 0.4
     elif change == "seed":
         seed = 1
     elif change == "weights":
@@ -147,8 +165,8 @@ def test_states_of_something_else_are_never_reused(model: Any, tmp_path: Path, c
     else:
         rows = [row | {"finish_reason": "length"} for row in rows]
     assert_same(
-        extract_states(other, rows, layers, count, tmp_path / "shared", seed),
-        extract_states(other, rows, layers, count, tmp_path / "own", seed),
+        extract_states(other, rows, layers, share, tmp_path / "shared", seed),
+        extract_states(other, rows, layers, share, tmp_path / "own", seed),
     )
 
 
@@ -178,8 +196,8 @@ def embeddings_of(model: Any) -> torch.Tensor:
 
 def test_training_learns_and_the_folder_round_trips(model: Any, tmp_path: Path) -> None:
     train_rows, held_rows = rollouts(40, 2), rollouts(12, 3)
-    train = extract_states(model, train_rows, LAYERS, 16, tmp_path / "train")
-    held = extract_states(model, held_rows, LAYERS, 16, tmp_path / "held")
+    train = extract_states(model, train_rows, LAYERS, 0.6, tmp_path / "train")
+    held = extract_states(model, held_rows, LAYERS, 0.6, tmp_path / "held")
     training = {"per_device_train_batch_size": 64, "learning_rate": 5e-3, "disable_tqdm": True}
     settings = HeadsSettings(str(tmp_path / "work"), "", LAYERS, epochs=8, training=training)
     head, logs = train_head(CONFIG, train, held, embeddings_of(model), settings)
@@ -328,6 +346,24 @@ def test_a_head_says_how_its_answers_were_sampled() -> None:
     assert shared_sampling(rows[:2]) == {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 512}
 
 
+@pytest.mark.parametrize(
+    ("rows", "held", "layers", "message"),
+    [
+        ([], rollouts(4, 3), LAYERS, "data.rollouts: no completion is left"),
+        (rollouts(4, 2), rollouts(4, 3)[::2], LAYERS, "data.eval_rollouts: no prompt has 4 completions"),
+        (rollouts(4, 2), rollouts(4, 3), (2,), "heads.layers: must be of 0 to 1, got 2"),
+    ],
+)
+def test_rollouts_and_layers_that_cannot_be_used(
+    model: Any, tmp_path: Path, rows: Any, held: Any, layers: tuple[int, ...], message: str
+) -> None:
+    model.save_pretrained(tmp_path / "model")
+    settings = HeadsSettings(str(tmp_path / "work"), str(tmp_path / "head"), layers)
+    with pytest.raises(ValueError, match=message):
+        train_heads(settings, tmp_path / "model", "tiny", 0.97, rows, held)
+    assert not (tmp_path / "work" / "train").exists()
+
+
 HEADS_IN_A_PROCESS = """
 import sys
 from pathlib import Path
@@ -337,8 +373,8 @@ from lenvm_training.head_settings import HeadsSettings
 from lenvm_training.heads_run import train_heads
 folder, per_device = Path(sys.argv[1]), int(sys.argv[2])
 training = {"per_device_train_batch_size": per_device, "report_to": "none", "disable_tqdm": True, "use_cpu": True}
-settings = HeadsSettings(str(folder / "work"), str(folder / "head"), LAYERS, rank=16, epochs=2, states=4, num_bins=12,
-                         max_length=128, dropout=0.0, training=training)
+settings = HeadsSettings(str(folder / "work"), str(folder / "head"), LAYERS, rank=16, epochs=2, state_share=0.2,
+                         num_bins=12, max_length=128, dropout=0.0, training=training)
 rows = [row | {"finish_reason": "stop"} for row in rollouts(280, 2)]
 figures = train_heads(settings, folder.parent / "model", "tiny", 0.97, rows, rollouts(4, 3))
 print(sorted(figures))

@@ -240,6 +240,24 @@ def test_micro_batches_of_a_step_hold_rows_of_like_length(tmp_path: Path, monkey
         assert max(lengths[-1]) > min(lengths[0])  # sorted by step, not over the epoch
 
 
+@pytest.mark.parametrize("kind", ["full", "lora", "head"])
+def test_the_best_checkpoint_is_the_result_when_asked(tmp_path: Path, kind: str) -> None:
+    """That of the largest loss, so that it is not the last."""
+    chosen = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    run = make_run(tmp_path, kind, eval_strategy="steps", eval_steps=2, save_steps=2, max_steps=6, **chosen)
+    run = replace(run, model=replace(run.model, save_dtype="float32"))
+    train_lenvm(run)
+    best = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())["best_global_step"]
+    (tmp_path / "run" / "lenvm").rename(tmp_path / "first")
+    train_lenvm(run)  # from its last checkpoint
+    names = ("run/lenvm", "first", f"run/checkpoint-{best}", "run/checkpoint-6")
+    result, first, wanted, last = (weights(tmp_path / name) for name in names)
+    assert all(
+        torch.equal(result[name], tensor) and torch.equal(first[name], tensor) for name, tensor in wanted.items()
+    )
+    assert not torch.equal(result["value_head.fc.weight"], last["value_head.fc.weight"])
+
+
 def test_half_written_checkpoints_are_passed_over(tmp_path: Path) -> None:
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -248,10 +266,26 @@ def test_half_written_checkpoints_are_passed_over(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoint-10").exists()
 
 
-def test_an_output_folder_belongs_to_one_run(tmp_path: Path) -> None:
-    train_lenvm(make_run(tmp_path, "head", max_steps=1))
-    with pytest.raises(ValueError, match="holds a run of other settings"):
+def test_an_output_folder_belongs_to_one_run_on_the_same_rollouts(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "head", max_steps=1)
+    figures = train_lenvm(run)
+    with pytest.raises(ValueError, match=r"holds a run of other settings or rollouts .* set another"):
         train_lenvm(make_run(tmp_path, "head", max_steps=2))
+    for name, rows in (("train.jsonl", make_rows(13, 0)), ("eval.jsonl", make_rows(9, 1))):
+        before = (tmp_path / name).read_text()
+        write_rows(tmp_path / name, rows)
+        with pytest.raises(ValueError, match="holds a run of other settings or rollouts"):
+            train_lenvm(run)
+        (tmp_path / name).write_text(before)
+    assert train_lenvm(run) == figures
+
+
+def test_no_prompt_is_trained_on_and_held_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "head")
+    write_rows(tmp_path / "eval.jsonl", make_rows(2, 1) + make_rows(1, 0))
+    with pytest.raises(ValueError, match=r"data\.eval_rollouts: prompt 0-0 is in data\.rollouts too"):
+        train_lenvm(run)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -262,6 +296,8 @@ def test_an_output_folder_belongs_to_one_run(tmp_path: Path) -> None:
         ({"lr_scheduler_type": "square"}, "training: .*square"),
         ({"fsdp": "full_shard", "use_cpu": True}, r"training\.fsdp: needs an accelerator"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, r"training\.deepspeed: ZeRO 3 saves no whole weights"),
+        ({"deepspeed": {"steps": 1}, "load_best_model_at_end": True}, r"training\.load_best_model_at_end: not with"),
+        ({"fsdp": True, "load_best_model_at_end": True}, r"training\.load_best_model_at_end: not with fsdp"),
         ({"deepspeed": True}, r"training\.deepspeed: neither a mapping"),
         ({"deepspeed": "no/such.json"}, r"training\.deepspeed: .*no/such\.json"),
     ],

@@ -20,6 +20,7 @@ from lenvm_training.model import (
     LoraSettings,
     ModelSettings,
     build_lenvm,
+    load_language_model,
     load_lenvm,
     restore_lenvm,
     save_lenvm,
@@ -120,8 +121,31 @@ def test_published_folders_are_read_whatever_name_tied_embeddings_have(tmp_path:
     assert model.lenvm_config.target.gamma == 0.997
     assert torch.equal(model.causal_model.get_input_embeddings().weight, embeddings)
     assert torch.equal(model.value_head.fc.weight, head["v_head.fc.weight"])
-    continued = build_lenvm(ModelSettings(str(tmp_path), "served"), TARGET)
+    continued = build_lenvm(ModelSettings(str(tmp_path), "served"), TargetConfig())
     assert torch.equal(continued.value_head.fc.weight, head["v_head.fc.weight"])
+    with pytest.raises(
+        ValueError, match=r"^target: .* has a value head of discounted_return, gamma 0\.997, this run is"
+    ):
+        build_lenvm(ModelSettings(str(tmp_path), "served"), TARGET)
+
+
+@pytest.mark.parametrize(
+    ("other", "refused"),
+    [
+        (TargetConfig(gamma=0.99), "discounted_return, gamma 0.9, this run is of discounted_return, gamma 0.99"),
+        (TargetConfig(space="length", gamma=0.9), "discounted_return, gamma 0.9, this run is of length"),
+        (TargetConfig(gamma=0.9, max_length=8, lam=0.5), ""),
+    ],
+)
+def test_a_value_head_goes_on_with_its_own_target(tmp_path: Path, other: TargetConfig, refused: str) -> None:
+    settings = ModelSettings(str(make_backbone(tmp_path / "backbone")), "served", kind="full")
+    save_lenvm(build_lenvm(settings, TARGET), tmp_path / "lenvm")
+    further = ModelSettings(str(tmp_path / "lenvm"), "served")
+    if not refused:
+        assert build_lenvm(further, other).lenvm_config.target == other
+        return
+    with pytest.raises(ValueError, match=rf"^target: .*lenvm has a value head of {refused}$"):
+        build_lenvm(further, other)
 
 
 def test_an_adapter_has_the_names_that_other_servers_read(tmp_path: Path) -> None:
@@ -203,6 +227,31 @@ def test_unusable_folders_say_what_is_wrong(tmp_path: Path) -> None:
     settings = ModelSettings(str(make_backbone(tmp_path / "ok", "llama")), "served", "", "", "lora", nothing)
     with pytest.raises(ValueError, match=r"model\.lora\.target_modules"):
         build_lenvm(settings, TARGET)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b""),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"),
+        ("config.json", b'{"model_type": "lla'),
+        ("config.json", b"[]"),
+        ("pytorch_model.bin", b""),
+        ("pytorch_model.bin", b"version https://git-lfs.github.com/spec/v1\n"),
+        ("adapter_model.safetensors", b"half"),
+    ],
+)
+def test_a_half_copied_folder_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    folder = make_backbone(tmp_path / "backbone")
+    if name.startswith("adapter"):
+        lora = build_lenvm(ModelSettings(str(folder), "served", kind="lora"), TARGET)
+        folder = tmp_path / "lenvm"
+        save_lenvm(lora, folder)
+    elif name.startswith("pytorch"):
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"^{folder}: ."):
+        load_lenvm(folder) if name.startswith("adapter") else load_language_model(folder, torch.float32)
 
 
 def test_bf16_weights_keep_the_head_in_fp32(tmp_path: Path) -> None:

@@ -96,7 +96,8 @@ def named_rows(name: str) -> list[dict[str, Any]]:
     ],
 )
 def test_the_named_data_sets_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
-    tables = {NAMED[name].path: named_rows(name), "BAAI/TACO": [{"question": "x"}, {"question": "Sort the list."}]}
+    taco = "hf://datasets/BAAI/TACO/ALL/train-*.parquet"
+    tables = {NAMED[name].path: named_rows(name), taco: [{"question": "x"}, {"question": "Sort the list."}]}
     asked: list[tuple[str, str]] = []
 
     def load(path: str, split: str, subset: str | None) -> datasets.Dataset:
@@ -108,6 +109,37 @@ def test_the_named_data_sets_are_mapped(tmp_path: Path, monkeypatch: pytest.Monk
     assert prompt.text == text
     assert asked[0] == (NAMED[name].path, "python" if name == "opencodereasoning" else "train")
     assert bool(prompt.images) == (name == "r1-onevision")
+
+
+def test_the_questions_are_read_from_the_files_of_their_data_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they lie on the hub: two of the four have a script beside their files, which the library does not run."""
+    monkeypatch.setattr(prompt_sources, "HUB_FILES", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    problems = [{"question": f"Problem {index}", "input_output": "{}"} for index in range(5)]
+    for name in ("BAAI/TACO/ALL", "deepmind/code_contests/data", "open-r1/codeforces/data", "codeparrot/apps"):
+        (tmp_path / name).mkdir(parents=True)
+    for number, rows in enumerate((problems[:2], problems[2:])):
+        datasets.Dataset.from_list(rows).to_parquet(f"BAAI/TACO/ALL/train-0000{number}-of-00002.parquet")
+    write_jsonl(tmp_path / "codeparrot" / "apps" / "test.jsonl", problems[::-1])
+    for name in ("BAAI/TACO/TACO.py", "codeparrot/apps/apps.py"):
+        (tmp_path / name).write_text("raise AssertionError\n")
+    contest = [{"name": "a", "description": "A contest"}]
+    datasets.Dataset.from_list(contest).to_parquet("deepmind/code_contests/data/valid-00000-of-00001-a.parquet")
+    forces = [{"description": "Do it.", "input_format": "A number", "output_format": None}]
+    datasets.Dataset.from_list(forces).to_parquet("open-r1/codeforces/data/train-00000-of-00001.parquet")
+    asked = (
+        ("taco", "train", 3),
+        ("apps", "test", 0),
+        ("code_contests", "valid", 0),
+        ("open-r1/codeforces", "train", 0),
+    )
+    rows = [{"question": "-", "dataset": name, "split": split, "index": str(index)} for name, split, index in asked]
+    path = write_jsonl(tmp_path / "reasoning.jsonl", rows)
+    source = PromptSource(9, path=path, domain="code", columns=ColumnMap(text="question"))
+    prompts = load_prompts(source, tmp_path, 0)
+    assert texts(prompts) == {"Problem 3", "Problem 4", "A contest", "Do it.\n\nA number"}
 
 
 def test_images_are_kept_as_files_once(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lenvm_training.rollout_data import (
     RolloutCollator,
     RolloutDataset,
     RolloutFileError,
+    check_disjoint,
     check_tokenizer,
     load_rollouts,
     select_eval_rollouts,
@@ -81,16 +83,59 @@ def test_the_held_out_choice_does_not_depend_on_what_is_trained_on() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt_id": "a"}\n', r"r\.jsonl:2: field 'sample' is missing"),
-        ("nonsense\n", r"r\.jsonl:2: not a JSON object"),
-        ('{"prompt_id": "a", "sam', "the last line is cut off"),
+        (b'{"prompt_id": "a"}\n', r"r\.jsonl:2: field 'sample' is missing"),
+        (b"nonsense\n", r"r\.jsonl:2: not a JSON object"),
+        (b"[1]\n", r"r\.jsonl:2: not a JSON object"),
+        (b'{"prompt_id": "\xff"}\n', r"r\.jsonl:2: not UTF-8 text"),
+        (json.dumps(make_rows(1)[0] | {"prompt_token_ids": []}).encode() + b"\n", r":2: .*'prompt_token_ids' is empty"),
+        (b'{"prompt_id": "a", "sam', "the last line is cut off"),
     ],
 )
-def test_a_bad_file_is_one_clear_line(tmp_path: Path, line: str, message: str) -> None:
+def test_a_bad_file_is_one_clear_line(tmp_path: Path, line: bytes, message: str) -> None:
     path = write_rows(tmp_path / "r.jsonl", make_rows(1, num_samples=1))
-    path.write_text(path.read_text() + line)
+    path.write_bytes(path.read_bytes() + line)
     with pytest.raises(RolloutFileError, match=message):
         load_rollouts([path])
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_prompts", "max_samples_per_prompt", "max_eval_completions"])
+@pytest.mark.parametrize("value", [0, -5])
+def test_a_count_below_one_is_named(name: str, value: int) -> None:
+    settings: dict[str, Any] = {name: value}
+    with pytest.raises(ValueError, match=rf"^data\.{name}: must be at least 1, got {value}$"):
+        DataSettings((), **settings)
+
+
+def test_copies_in_several_files_count_once(tmp_path: Path) -> None:
+    rows = make_rows(3)
+    whole, part = write_rows(tmp_path / "whole.jsonl", rows), write_rows(tmp_path / "part.jsonl", rows[2:6])
+    more = write_rows(tmp_path / "more.jsonl", rows[4:] + make_rows(2, seed=1))
+    assert load_rollouts([whole, part, whole]) == load_rollouts([whole])
+    assert len(load_rollouts([part, whole])) == 12
+    assert len(load_rollouts([whole, more])) == 20
+
+
+def test_files_that_were_sampled_apart_count_whole(tmp_path: Path) -> None:
+    rows = make_rows(3)
+    again = [row | {"output_token_ids": [9, *row["output_token_ids"]]} for row in rows[:6]] + rows[6:]
+    first, second = write_rows(tmp_path / "first.jsonl", rows), write_rows(tmp_path / "second.jsonl", again)
+    assert len(load_rollouts([first, second])) == 24, "equal answers too, by chance"
+    both = tmp_path / "both.jsonl"
+    both.write_text(first.read_text() + second.read_text())
+    assert len(load_rollouts([first, both])) == 24 - 6
+
+
+def test_a_prompt_on_both_sides_is_named() -> None:
+    train, held_out = make_rows(1), [row | {"prompt_token_ids": [2, 60, 3]} for row in make_rows(1, seed=1)]
+    check_disjoint(train, held_out)
+    both = make_rows(1)
+    with pytest.raises(RolloutFileError, match=r"data\.eval_rollouts: prompt 0-0 is in data\.rollouts too$"):
+        check_disjoint(train, [*held_out, both[0] | {"prompt_token_ids": array("i", both[0]["prompt_token_ids"])}])
+    with pytest.raises(RolloutFileError, match=r"prompt 1-0 is in data\.rollouts too \(as 0-0\)"):
+        check_disjoint(train, [row | {"prompt_id": "1-0"} for row in both])
+    check_disjoint(train, [row | {"images": ["a.png"]} for row in both])
+    with pytest.raises(RolloutFileError, match="prompt 0-0"):
+        check_disjoint([both[0] | {"images": ["a.png"]}], [both[1] | {"images": ["a.png"]}])
 
 
 def test_ids_that_are_no_ids_and_missing_files_are_named(tmp_path: Path) -> None:

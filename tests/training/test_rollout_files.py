@@ -26,6 +26,7 @@ def rollouts() -> list[dict[str, Any]]:
 
 def test_rows_written_here_are_read_back_exactly() -> None:
     rows = rollouts()
+    rows[0] |= {"begun": 2}
     grouped = list(group_rollouts(rows[::-1], PROMPTS, TOKENIZER))
     order = [row["meta_info"]["lenvm_idx"] for row in grouped]
     assert [order.index(name) for name in dict.fromkeys(order)] == [0, 4, 8, 12], "groups lie side by side"
@@ -56,7 +57,17 @@ def test_rows_of_others_are_tokenised_and_counted() -> None:
     ("row", "message"),
     [
         ({"conversations": []}, "f:3: no field 'meta_info.lenvm_idx'"),
+        ({"meta_info": 3}, "f:3: no field 'meta_info.lenvm_idx'"),
         ({"meta_info": {"lenvm_idx": 1}}, "must end with a turn from 'gpt'"),
+        (
+            {"meta_info": {"lenvm_idx": 1}, "conversations": [{"from": "gpt"}]},
+            "a list of turns with 'from' and 'value'",
+        ),
+        ({"meta_info": {"lenvm_idx": 1}, "conversations": "hello"}, "a list of turns with 'from' and 'value'"),
+        (
+            {"meta_info": {"lenvm_idx": 1, "sample": "a"}, "conversations": [{"from": "gpt", "value": ""}]},
+            "'meta_info.sample' must be a number",
+        ),
         ({"meta_info": {"lenvm_idx": 1}, "conversations": [{"from": "gpt", "value": ""}]}, "may have been cut off"),
         (
             {
@@ -70,6 +81,15 @@ def test_rows_of_others_are_tokenised_and_counted() -> None:
 def test_bad_public_rows_are_named(row: dict[str, Any], message: str) -> None:
     with pytest.raises(RolloutFileError, match=message):
         GroupedReader(TOKENIZER).read(row, "f:3")
+
+
+def test_a_public_row_that_the_chat_template_refuses_is_named() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    turns = [{"from": "human", "value": "w4"}, {"from": "gpt", "value": "w9"}]
+    row = {"meta_info": {"lenvm_idx": 7, "finish_reason": "stop"}, "conversations": turns}
+    with pytest.raises(RolloutFileError, match=r"f:3: prompt 7: the chat template refuses it .*roles must alternate"):
+        GroupedReader(tokenizer).read(row, "f:3")
 
 
 def test_rollouts_of_an_unknown_prompt_are_refused() -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import pytest
+from jinja2 import TemplateError
 
-from lenvm_training.endpoints import EngineError, Retry, Sampling
+from lenvm_training.endpoints import EngineError, PromptRefusedError, Retry, Sampling
 from lenvm_training.prompts import Prompt, PromptFileError, prompts_from_file, read_prompts, template_prompts
 from lenvm_training.rollout_data import load_rollouts
 from lenvm_training.rollouts import (
@@ -223,7 +226,7 @@ def test_cut_completions_are_gone_on_with_and_ended_ones_taken_over(
     assert len(requests) == (0 if stop_at == 9 else 10)
     assert all(request["sampling_params"]["max_new_tokens"] == 2 for request in requests)
     assert load_rollouts([long, short]) == load_rollouts([short, long]) == load_rollouts([long])
-    assert len(load_rollouts([short, short])) == 20, "completions that nothing was begun with all count"
+    assert len(load_rollouts([short, short])) == 10, "completions that nothing was begun with count, once"
 
 
 def test_an_end_at_the_very_limit_is_an_end(tmp_path: Path) -> None:
@@ -324,9 +327,103 @@ def test_the_limit_on_open_files_is_raised_or_named(tmp_path: Path) -> None:
         reserve_files(hard)
 
 
-def test_a_refusal_is_not_tried_again(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"engine refused prompt p\d: 400 too long"):
-        sample(tmp_path / "r.jsonl", flaky(1, lambda: httpx.Response(400, text="too long")))
+@pytest.mark.parametrize(
+    ("status", "error"), [(400, PromptRefusedError), (413, PromptRefusedError), (422, PromptRefusedError),
+                          (401, EngineError), (403, EngineError), (404, EngineError)]
+)  # fmt: skip
+def test_a_refusal_is_not_tried_again(tmp_path: Path, status: int, error: type[Exception]) -> None:
+    with pytest.raises(error, match=rf"engine refused prompt p\d: {status} too long"):
+        sample(tmp_path / "r.jsonl", flaky(1, lambda: httpx.Response(status, text="too long")))
+
+
+@pytest.mark.parametrize("concurrency", [1, 10])
+def test_what_is_under_way_is_finished_when_a_prompt_is_refused(tmp_path: Path, concurrency: int) -> None:
+    path, seen = tmp_path / "r.jsonl", []
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        first_token = json.loads(request.content)["input_ids"][0]
+        seen.append(first_token)
+        await asyncio.sleep(0.01)
+        if first_token == 0:
+            return httpx.Response(400, text="too long")
+        await asyncio.sleep(0.05)
+        return httpx.Response(200, json={"output_ids": [1], "meta_info": STOPPED})
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"refused prompt p0: 400 too long .*rollouts.max_prompt_tokens"):
+            sample(path, httpx.MockTransport(answer), concurrency=concurrency)
+        assert len(list(read_rollouts(path))) == len(seen) - seen.count(0)
+    if concurrency == 1:
+        assert seen[-1] == 0, "nothing new is begun"
+    else:
+        assert sample(path, engine([]), prompts=PROMPTS[1:]) == 0
+
+
+@pytest.mark.parametrize("has_digest", [True, False])
+def test_completions_of_a_prompt_that_has_changed_are_not_taken_for_its_own(tmp_path: Path, has_digest: bool) -> None:
+    path, requests = tmp_path / "r.jsonl", []
+    sample(path, engine([]))
+    if not has_digest:  # as older files have none
+        rows = [{name: row[name] for name in row if name != "prompt_digest"} for row in read_rollouts(path)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = path.read_bytes()
+    changed = Prompt("p3", "math", [{"role": "user", "content": "8"}])
+    for prompt in (changed, replace(PROMPTS[3], images=["other.png"])):
+        with pytest.raises(ValueError, match=r"r\.jsonl: prompt p3: .* write to another file"):
+            sample(path, engine(requests), prompts=[*PROMPTS[:3], prompt, Prompt("new", "math", changed.messages)])
+    assert not requests
+    assert path.read_bytes() == before
+    assert sample(path, engine(requests), prompts=PROMPTS[:3]) == 0, "others may be left out"
+
+
+def test_a_chat_template_that_writes_the_date_can_be_gone_on_with(tmp_path: Path) -> None:
+    class Dated(Tokenizer):
+        day = 1
+
+        def apply_chat_template(self, *arguments: Any, **options: Any) -> dict[str, list[int]]:
+            return {"input_ids": [self.day, *super().apply_chat_template(*arguments, **options)["input_ids"]]}
+
+    tokenizer = Dated()
+    assert sample(tmp_path / "r.jsonl", engine([]), tokenizer=tokenizer) == 10
+    tokenizer.day = 2
+    assert sample(tmp_path / "r.jsonl", engine([]), tokenizer=tokenizer) == 0
+
+
+def test_one_process_writes_to_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    with path.open("ab") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=r"r\.jsonl: another process is writing to it"):
+            sample(path, engine([]))
+    assert sample(path, engine([])) == 10
+
+
+@pytest.mark.parametrize("url", ["http://host:port", "http://", "host:8000", "ftp://host", "http://a\nb"])
+def test_what_is_no_address_is_named(tmp_path: Path, url: str) -> None:
+    path = tmp_path / "r.jsonl"
+    with pytest.raises(ValueError, match=r"rollouts\.engine_url / --engine-url: "):
+        asyncio.run(sample_rollouts(PROMPTS, ChatEncoder(Tokenizer()), url, path, 1, Sampling(), retry=AT_ONCE))
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", -0.1), ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -2),
+     ("min_p", 1.5), ("repetition_penalty", 0.0), ("max_new_tokens", 0)],
+)  # fmt: skip
+def test_sampling_outside_its_range_is_named(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"^rollouts\.sampling\.{name}: must be .*, got {value}"):
+        replace(Sampling(), **{name: value})
+
+
+@pytest.mark.parametrize("error", [TemplateError("roles must alternate"), TypeError("no list")])
+def test_a_prompt_that_the_chat_template_refuses_is_named(tmp_path: Path, error: Exception) -> None:
+    class Strict(Tokenizer):
+        def apply_chat_template(self, *_: Any, **__: Any) -> NoReturn:
+            raise error
+
+    with pytest.raises(ValueError, match=rf"prompt p\d: the chat template refuses it \({error}\)"):
+        sample(tmp_path / "r.jsonl", engine([]), tokenizer=Strict())
 
 
 def test_delays_double_up_to_the_limit() -> None:
@@ -461,12 +558,46 @@ def test_templates_give_different_prompts_and_are_reproducible() -> None:
     assert "{" not in "".join(prompt.messages[0]["content"] for prompt in template_prompts(60, "requested", 3))
 
 
-@pytest.mark.parametrize("line", ["not json", '{"other": 1}'])
-def test_a_bad_prompt_file_names_the_line(tmp_path: Path, line: str) -> None:
+@pytest.mark.parametrize(("domain", "available"), [("short_long", 9499), ("requested", 6409)])
+def test_all_prompts_that_templates_have_can_be_drawn(domain: str, available: int) -> None:
+    assert len({prompt.text for prompt in template_prompts(available, domain, 0)}) == available
+    with pytest.raises(ValueError, match=f"{domain} has {available} different prompts, {available + 1} are asked for"):
+        template_prompts(available + 1, domain, 0)
+
+
+@pytest.mark.parametrize(
+    "line", [b"not json", b'{"other": 1}', b"[1]", b'{"question": "\xff"}', b'{"instruction": "a", "instances": "b"}']
+)
+def test_a_bad_file_of_questions_names_the_line(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "bad.jsonl"
-    path.write_text('{"question": "a"}\n' + line + "\n")
-    with pytest.raises(PromptFileError, match=r"bad\.jsonl:2"):
+    path.write_bytes(b'{"question": "a"}\n' + line + b"\n")
+    with pytest.raises(PromptFileError, match=r"bad\.jsonl:2: "):
         prompts_from_file(path, "math", 5, 0)
+
+
+def as_prompt(messages: Any, **fields: Any) -> bytes:
+    return json.dumps({"id": "b", "domain": "d", "messages": messages, **fields}).encode()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"[1]", "not a JSON object"),
+        (b'{"id": "\xff"}', "not UTF-8 text"),
+        (b'{"id": "b", "domain": "d"}', "no field 'messages'"),
+        (as_prompt(None), "field 'messages' must be a list"),
+        (as_prompt(["hello"]), "field 'messages' must be a list"),
+        (as_prompt([{"role": "user", "content": None}]), "field 'messages' must be a list"),
+        (as_prompt([{"role": "user", "content": [{"type": "text"}]}]), "field 'messages' must be a list"),
+        (as_prompt([], images="a.png"), "field 'images' must be a list"),
+        (as_prompt([], id="a"), "a second prompt of the id 'a'"),
+    ],
+)
+def test_a_bad_prompt_file_names_the_line(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(as_prompt([], id="a", images=None) + b"\n" + line + b"\n")
+    with pytest.raises(PromptFileError, match=rf"bad\.jsonl:2: {message}"):
+        read_prompts(path)
 
 
 def test_prompt_files_round_trip(tmp_path: Path) -> None:

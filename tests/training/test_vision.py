@@ -96,7 +96,7 @@ def image_rows(folder: Path, seed: int) -> list[dict[str, Any]]:
         bright = bool(index % 2)
         row = row | {"output_token_ids": [10] * (12 if bright else 2) + [1], "finish_reason": "stop"}
         if index % 4 != 3:
-            path = make_image(folder, bright, (56, 84) if index % 3 else (56, 56))
+            path = make_image(folder, bright, (56, 84) if index % 3 else (56, 56), seed)
             grid = processor(images=[Image.open(path)], return_tensors="pt")["image_grid_thw"][0]
             count = int(grid.prod()) // processor.merge_size**2
             row |= {"prompt_token_ids": [2, START, *[IMAGE] * count, END, 1, 3], "images": [path]}

@@ -46,7 +46,10 @@ def make_backbone(folder: Path, family: str = "llama", tied: bool = True) -> Pat
 
 
 def make_rows(num_prompts: int, seed: int = 0, num_samples: int = 4) -> list[dict[str, Any]]:
-    """The prompt's token tells the kind of length: a LenVM can learn it. One row in 16 is censored."""
+    """The prompt's token tells the kind of length: a LenVM can learn it. One row in 16 is censored.
+
+    Prompts of two seeds are different (of three in a row).
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for prompt in range(num_prompts):
@@ -59,7 +62,7 @@ def make_rows(num_prompts: int, seed: int = 0, num_samples: int = 4) -> list[dic
                     "prompt_id": f"{seed}-{prompt}",
                     "domain": ("math", "code")[prompt % 2],
                     "sample": sample,
-                    "prompt_token_ids": [2, 4 + kind, *[9] * (prompt % 3), 1, 3],
+                    "prompt_token_ids": [2, 4 + kind, *[9] * (3 * (prompt % 3) + seed % 3), 1, 3],
                     "output_token_ids": output,
                     "finish_reason": "length" if kind == 3 and sample == 0 else "stop",
                     "sampling": {"temperature": 1.0},

@@ -4,7 +4,7 @@ prompts    write a prompt file from templates and the user's own JSONL files
 rollouts   sample completions of a prompt file from a running engine
 train      read the states off, train both heads, evaluate on other prompts, write head and model card
 
-Bad input: one line on standard error and exit status 2; a step that is started again goes on.
+Bad input: one line on standard error and exit status 2; stopped with Ctrl-C: 130. A step that is started again goes on.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lenvm_kernels import torchvision_schema
 from lenvm_training.endpoints import EngineError, Sampling
 from lenvm_training.prompts import Prompt, PromptFileError, prompts_from_file, read_prompts, template_prompts
-from lenvm_training.rollouts import ChatEncoder, RolloutWriteError, read_rollouts, sample_rollouts
+from lenvm_training.rollouts import ChatEncoder, RolloutWriteError, sample_rollouts
+
+STATUS_INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,12 +39,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         parsed.run(parsed)
     except (PromptFileError, OSError, ValueError) as error:
-        print(f"lenvm_training: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error), 2)
     except (EngineError, RolloutWriteError) as error:
-        print(f"lenvm_training: {error} (run the same command again to go on)", file=sys.stderr)
-        return 1
+        return _fail(f"{error} (run the same command again to go on)", 1)
+    except KeyboardInterrupt:
+        return _fail("stopped; run the same command again to go on", STATUS_INTERRUPTED)
     return 0
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"lenvm_training: {' '.join(message.split())}", file=sys.stderr)
+    return status
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -77,7 +85,7 @@ def _build_parser() -> argparse.ArgumentParser:
     train.add_argument("--gamma", type=float, default=0.997)
     train.add_argument("--rank", type=int, default=256)
     train.add_argument("--epochs", type=int, default=8)
-    train.add_argument("--states", type=int, default=24, help="states kept a completion")
+    train.add_argument("--state-share", type=float, default=0.1, help="share of a completion's states that is kept")
     train.set_defaults(run=_train)
     return parser
 
@@ -100,6 +108,9 @@ def _prompts(parsed: argparse.Namespace) -> None:
         prompts += template_prompts(parsed.templates, domain, parsed.seed)
     excluded = {prompt.messages[0]["content"] for prompt in read_prompts(parsed.exclude)} if parsed.exclude else set()
     kept = [prompt for prompt in prompts if prompt.messages[0]["content"] not in excluded]
+    for prompt_id, count in Counter(prompt.id for prompt in kept).items():
+        if count > 1:
+            raise ValueError(f"--file: two prompts of the id {prompt_id!r}; give each file a name of its own")
     parsed.out.parent.mkdir(parents=True, exist_ok=True)
     parsed.out.write_text("".join(prompt.to_json() + "\n" for prompt in kept), encoding="utf-8")
     print(f"{len(kept)} prompts")
@@ -120,7 +131,7 @@ def _rollouts(parsed: argparse.Namespace) -> None:
 async def _sample(prompts: list[Prompt], tokenizer: Any, sampling: Sampling, parsed: argparse.Namespace) -> int:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
-    return await sample_rollouts(
+    added = await sample_rollouts(
         prompts,
         ChatEncoder(tokenizer),
         parsed.engine_url,
@@ -130,17 +141,22 @@ async def _sample(prompts: list[Prompt], tokenizer: Any, sampling: Sampling, par
         parsed.concurrency,
         stop=stop,
     )
+    if stop.is_set():
+        raise KeyboardInterrupt
+    return added
 
 
 def _train(parsed: argparse.Namespace) -> None:
     from lenvm_training.head_settings import HeadsSettings
     from lenvm_training.heads_run import train_heads
+    from lenvm_training.rollout_data import check_disjoint, load_rollouts
+    from lenvm_training.rollout_files import as_lists
 
     layers = tuple(int(layer) for layer in parsed.layers.split(",") if layer)
-    settings = HeadsSettings(
-        str(parsed.work), str(parsed.out), layers, rank=parsed.rank, epochs=parsed.epochs, states=parsed.states
-    )
-    rollouts, held_rollouts = list(read_rollouts(parsed.rollouts)), list(read_rollouts(parsed.eval_rollouts))
+    work, out, share = str(parsed.work), str(parsed.out), parsed.state_share
+    settings = HeadsSettings(work, out, layers, rank=parsed.rank, epochs=parsed.epochs, state_share=share)
+    rollouts, held_rollouts = (as_lists(load_rollouts([path])) for path in (parsed.rollouts, parsed.eval_rollouts))
+    check_disjoint(rollouts, held_rollouts)
     figures = train_heads(settings, parsed.model, parsed.base_model, parsed.gamma, rollouts, held_rollouts)
     print(json.dumps(figures, indent=2))
 

@@ -7,10 +7,11 @@ disk): one line and exit status 1; the same command started again goes on from w
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeGuard
 
 from lenvm_kernels import torchvision_schema
 
@@ -27,7 +28,8 @@ from lenvm_training.rollouts import RolloutWriteError  # noqa: E402
 
 Command = Callable[[argparse.Namespace], None]
 STATUS_BAD_INPUT, STATUS_TRY_AGAIN, STATUS_INTERRUPTED = 2, 1, 130
-UNUSABLE_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+UNUSABLE_FILE = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+UNUSABLE_PLACE = (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 FULL_MARKS = ("No space left", "File too large", "PytorchStreamWriter", "inline_container", "iostream error")
 
 
@@ -168,16 +170,25 @@ def _guard(parser: _Parser, command: Command, arguments: Sequence[str]) -> int:
         return _fail(parser, str(error), STATUS_BAD_INPUT)
     except (EngineError, RolloutWriteError, HubError) as error:
         return _fail(parser, f"{error} (run the same command again to go on)", STATUS_TRY_AGAIN)
-    except UNUSABLE_FILE as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        return _fail(parser, message, STATUS_BAD_INPUT)
     except (OSError, SafetensorError, RuntimeError) as error:
-        if not _is_full_disk(error):
+        if _is_full_disk(error):
+            return _fail(parser, "the disk is full; make room and run the same command again", STATUS_TRY_AGAIN)
+        if not _is_unusable(error):
             raise
-        return _fail(parser, "the disk is full; make room and run the same command again", STATUS_TRY_AGAIN)
+        return _fail(parser, _file_problem(error), STATUS_BAD_INPUT)
     except KeyboardInterrupt:
         return _fail(parser, "stopped; run the same command again to go on", STATUS_INTERRUPTED)
     return 0
+
+
+def _is_unusable(error: Exception) -> TypeGuard[OSError]:
+    """Whether a file or folder that the user named is not what it must be."""
+    return isinstance(error, UNUSABLE_FILE) or (isinstance(error, OSError) and error.errno in UNUSABLE_PLACE)
+
+
+def _file_problem(error: OSError) -> str:
+    reason = "is a file, not a folder" if isinstance(error, FileExistsError) else error.strerror
+    return f"{error.filename}: {reason}" if error.filename else str(error)
 
 
 def _is_full_disk(error: Exception) -> bool:

@@ -5,6 +5,7 @@ Any value can be set on the command line by its path: ``target.gamma=0.999``, ``
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from lenvm_training.targets import TargetConfig
 
 STRICT: dict[str, str] = {"extra": "forbid"}
 APIS = ("engine", "openai")
+NOT_OF_HEADS = ("kind", "lora", "dtype", "save_dtype", "attn_implementation")
+"""Fields of `ModelSettings` that are of a training alone."""
 
 
 class ConfigError(ValueError):
@@ -55,6 +58,7 @@ class PromptSettings:
             raise ValueError(f"prompts.eval_fraction: must be between 0 and 1, got {self.eval_fraction}")
         if not (self.sources or self.templates or self.self_made):
             raise ValueError("prompts: give 'sources', 'templates' or 'self_made'")
+        _check_least("prompts", self, templates=0, self_made=0, self_made_tokens=1)
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,7 @@ class RolloutSettings:
     def __post_init__(self) -> None:
         if self.api not in APIS:
             raise ValueError(f"rollouts.api: must be one of {', '.join(APIS)}, got {self.api!r}")
-        for name in ("samples", "eval_samples", "concurrency"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"rollouts.{name}: must be at least 1, got {getattr(self, name)}")
+        _check_least("rollouts", self, samples=1, eval_samples=1, concurrency=1, max_prompt_tokens=1)
         if not 0 < self.timeout_s < float("inf"):
             raise ValueError(f"rollouts.timeout_s: must be positive and finite, got {self.timeout_s}")
 
@@ -119,6 +121,9 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"evaluation.dtype: must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.gamma is not None and not 0 < self.gamma < 1:
+            raise ValueError(f"evaluation.gamma: must be between 0 and 1, got {self.gamma}")
+        _check_least("evaluation", self, min_samples=1, max_fit_prompts=2)
 
 
 @dataclass(frozen=True)
@@ -141,13 +146,31 @@ class Experiment:
             raise ValueError("give exactly one of 'training' and 'heads'")
         if self.training is not None and not self.training.get("output_dir"):
             raise ValueError("training.output_dir: missing")
-        if self.heads is not None and self.target != TargetConfig(gamma=self.target.gamma):
-            raise ValueError("target: heads take gamma alone, and discounted returns ('heads.censored' is theirs)")
+        if self.heads is not None:
+            self._check_used_by_heads()
 
     @property
     def output_dir(self) -> str:
         """The folder of the head, or of the training's checkpoints and result."""
         return self.heads.out if self.heads else str((self.training or {})["output_dir"])
+
+    def _check_used_by_heads(self) -> None:
+        if self.target != TargetConfig(gamma=self.target.gamma):
+            raise ValueError("target: heads take gamma alone, and discounted returns ('heads.censored' is theirs)")
+        plain = ModelSettings(self.model.backbone, self.model.served_model)
+        for name in NOT_OF_HEADS:
+            if getattr(self.model, name) != getattr(plain, name):
+                raise ValueError(f"model.{name}: does nothing for 'heads'")
+        if self.model.served_name not in ("", self.model.base_name):
+            raise ValueError("model.served_name: does nothing for 'heads', which are of the model in model.base_name")
+        if self.data.max_eval_completions != DataSettings.max_eval_completions:
+            raise ValueError("data.max_eval_completions: does nothing for 'heads'")
+
+
+def _check_least(section: str, settings: object, **least: int) -> None:
+    for name, value in least.items():
+        if getattr(settings, name) < value:
+            raise ValueError(f"{section}.{name}: must be at least {value}, got {getattr(settings, name)}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -166,23 +189,32 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
 def load_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises ConfigError."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = _parse(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: not a mapping of keys")
     return content
 
 
 def build_experiment(content: dict[str, Any], where: str) -> Experiment:
-    """An experiment from a mapping. Raises ConfigError naming ``where`` and the first bad key."""
+    """An experiment from a mapping, ``~`` expanded. Raises ConfigError naming ``where`` and the first bad key."""
     try:
-        experiment: Experiment = TypeAdapter(Experiment).validate_python(content)
+        experiment: Experiment = TypeAdapter(Experiment).validate_python(expand_home(content))
     except ValidationError as error:
         raise ConfigError(f"{where}: {_first_problem(error)}") from None
     return experiment
+
+
+def expand_home(content: Any) -> Any:
+    """``content`` with ``~`` at the beginning of its strings, however deep they lie, as the user's own folder."""
+    if isinstance(content, dict):
+        return {name: expand_home(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [expand_home(value) for value in content]
+    return os.path.expanduser(content) if isinstance(content, str) else content
 
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -192,8 +224,15 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[s
         path, equals, value = override.partition("=")
         if not equals or not path:
             raise ConfigError(f"expected key=value, got {override!r}")
-        result = _with_value(result, path.split("."), yaml.load(value, _Loader), path)
+        result = _with_value(result, path.split("."), _parse(value, override), path)
     return result
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
 
 
 def _with_value(content: Any, keys: Sequence[str], value: Any, path: str) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import httpx
 
 RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+REFUSED_STATUS = frozenset({400, 413, 422})
+"""Of what is asked, not of who asks or where: another try would end the same."""
 ABORTED = "abort"
 
 Answer = TypeVar("Answer")
@@ -24,6 +26,10 @@ Answer = TypeVar("Answer")
 
 class EngineError(RuntimeError):
     """The engine did not answer, or refused a request."""
+
+
+class PromptRefusedError(ValueError):
+    """The engine cannot complete this prompt, whenever it is asked; the message has the engine's reason."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,18 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     max_new_tokens: int = 640
+
+    def __post_init__(self) -> None:
+        for name, fits, expected in (
+            ("temperature", 0 <= self.temperature < float("inf"), "at least 0 and finite"),
+            ("top_p", 0 < self.top_p <= 1, "greater than 0 and at most 1"),
+            ("top_k", self.top_k >= -1, "at least -1 (all tokens)"),
+            ("min_p", 0 <= self.min_p <= 1, "at least 0 and at most 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "greater than 0 and finite"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+        ):
+            if not fits:
+                raise ValueError(f"rollouts.sampling.{name}: must be {expected}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -83,7 +101,7 @@ class Endpoint(Protocol):
     """Where completions come from."""
 
     async def complete(self, request: Request, sampling: Sampling) -> Completion:
-        """Sample one completion. Raises EngineError."""
+        """Sample one completion. Raises EngineError, and PromptRefusedError for a prompt that cannot be completed."""
 
 
 class EngineEndpoint:
@@ -198,6 +216,8 @@ async def _request(
             problem = f"the engine's answer to {name} cannot be used ({error!r}): {response.text[:200]}"
         else:
             problem = f"the engine refused {name}: {response.status_code} {response.text[:200]}"
+            if method == "POST" and response.status_code in REFUSED_STATUS:
+                raise PromptRefusedError(f"{problem} (too long? rollouts.max_prompt_tokens leaves such prompts out)")
             if response.status_code not in RETRIED_STATUS:
                 break
         if failures < retry.attempts:

@@ -46,7 +46,8 @@ def evaluate_head(
       ``boundary_mre`` (mean relative error; truth and prediction in return space, as in the paper's
       equations 13 to 15), and ``boundary_tau_expected``, ``boundary_mre_expected`` of the predicted
       distribution's mean in plain tokens, both sides cut at the token limit and at the last bin's length;
-    * ``remaining_mre_25/50/75``: median relative error of the remaining length that V stands for there;
+    * ``remaining_mre_25/50/75``: median over completions of the relative error of the remaining length that V stands
+      for there;
     * ``interval_coverage``: share of completions inside the 80% interval of the prompt boundary (a
       longer one counts as inside when the interval reaches that cut).
     """
@@ -162,9 +163,18 @@ def _remaining_errors(known: StateTable, remaining: Tensor) -> dict[str, float]:
     fraction = known.position / (known.position + known.remaining)
     errors = (remaining - known.remaining).abs() / known.remaining
     return {
-        f"remaining_mre_{round(100 * point)}": errors[(fraction - point).abs() < FRACTION_WIDTH].median().item()
+        f"remaining_mre_{round(100 * point)}": _by_rollout(errors, known.rollout, (fraction - point).abs())
         for point in FRACTIONS
     }
+
+
+def _by_rollout(errors: Tensor, rollout: Tensor, distance: Tensor) -> float:
+    """Median over completions of the mean of the ``errors`` [N] of those states within FRACTION_WIDTH of a place."""
+    near = distance < FRACTION_WIDTH
+    completions, index = rollout[near].unique(return_inverse=True)
+    sums = torch.zeros(len(completions)).index_add(0, index, errors[near])
+    median: float = (sums / index.bincount()).median().item()
+    return median
 
 
 def _position_only(train_position: Tensor, train_returns: Tensor, position: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from accelerate import PartialState
@@ -24,12 +24,20 @@ from lenvm_training.model import (
     load_language_model,
     load_lenvm,
     load_tokenizer,
+    read_lenvm_config,
     read_vocab_size,
     resolve_folder,
 )
 from lenvm_training.prompt_sources import load_prompts, split_prompts
 from lenvm_training.prompts import Prompt, read_prompts, template_prompts
-from lenvm_training.rollout_data import DataSettings, check_tokenizer, load_rollouts, select_rollouts
+from lenvm_training.rollout_data import (
+    DataSettings,
+    RolloutFileError,
+    check_disjoint,
+    check_tokenizer,
+    load_rollouts,
+    select_rollouts,
+)
 from lenvm_training.rollout_files import as_lists, print_figures, say, write_lines
 from lenvm_training.rollout_report import write_length_report
 from lenvm_training.rollouts import (
@@ -50,6 +58,9 @@ from lenvm_training.targets import DiscountedReturn
 
 TEMPLATE_DOMAINS = ("short_long", "requested")
 ENGINE_URL, SERVED_MODEL = "LENVM_ENGINE_URL", "LENVM_MODEL"
+EVERYTHING = DataSettings((), max_tokens=sys.maxsize)
+Part = tuple[list[Prompt], str, int]
+"""Prompts, the file of their completions, and how many of each."""
 
 
 def write_prompts(experiment: Experiment, command: Sequence[str]) -> None:
@@ -70,7 +81,12 @@ def write_prompts(experiment: Experiment, command: Sequence[str]) -> None:
     if settings.templates:
         prompts += [p for name in TEMPLATE_DOMAINS for p in template_prompts(settings.templates, name, settings.seed)]
     train, held_out = split_prompts(prompts, settings.eval_fraction, settings.seed)
-    for path, part in ((settings.out, train), (settings.eval_out, held_out)):
+    parts = ((settings.out, train), (settings.eval_out, held_out))
+    for path, part in parts:
+        if not part:
+            count, fraction = len(train) + len(held_out), settings.eval_fraction
+            raise ConfigError(f"prompts.eval_fraction: {fraction} of {count} prompts leaves none for {path}")
+    for path, part in parts:
         write_lines(Path(path), (prompt.to_json() for prompt in part))
         say(f"{path}: {len(part)} prompts")
 
@@ -106,12 +122,22 @@ def write_rollouts(experiment: Experiment, command: Sequence[str]) -> None:
     begun = _beginnings(experiment, parts)
     if not _engine_url(experiment):
         _run_with_engine(experiment, command)
-    for prompts, out, samples in parts:
-        encoder = CachedEncoder(_encoder(experiment, prompts))
-        kept = [prompt for prompt in prompts if len(encoder.encode(prompt)) <= settings.max_prompt_tokens]
-        added = asyncio.run(_sample(experiment, kept, encoder, Path(out), samples, settings.sampling, begun))
-        say(f"{out}: {added} completions added; {len(prompts) - len(kept)} prompts were too long")
+    encoders = [CachedEncoder(_encoder(experiment, prompts)) for prompts, _, _ in parts]
+    kept = [_short_enough(part, encoder, settings) for part, encoder in zip(parts, encoders, strict=True)]
+    for (_, out, samples), encoder, prompts in zip(parts, encoders, kept, strict=True):
+        added = asyncio.run(_sample(experiment, prompts, encoder, Path(out), samples, settings.sampling, begun))
+        say(f"{out}: {added} completions added")
         write_length_report(load_rollouts([out]), Path(out).with_suffix(""))
+
+
+def _short_enough(part: Part, encoder: PromptEncoder, settings: RolloutSettings) -> list[Prompt]:
+    prompts, out, _ = part
+    limit = settings.max_prompt_tokens
+    kept = [prompt for prompt in prompts if len(encoder.encode(prompt)) <= limit]
+    if not kept:
+        raise ConfigError(f"rollouts.max_prompt_tokens: none of the {len(prompts)} prompts for {out} is within {limit}")
+    say(f"{out}: {len(prompts) - len(kept)} of {len(prompts)} prompts are too long")
+    return kept
 
 
 def _read_prompts(path: str) -> list[Prompt]:
@@ -127,13 +153,12 @@ def _check_before_sampling(experiment: Experiment, sampling: Sampling, *paths: P
         check_sampling(path, sampling)
 
 
-def _beginnings(experiment: Experiment, parts: Sequence[tuple[list[Prompt], str, int]]) -> Beginnings:
+def _beginnings(experiment: Experiment, parts: Sequence[Part]) -> Beginnings:
     settings = _rollout_settings(experiment)
     if not settings.extend:
         return {}
     encoder = ChatEncoder(load_tokenizer(_served_folder(experiment)))
-    paths = [Path(path).expanduser() for path in settings.extend]
-    beginnings = read_beginnings(paths, encoder.fingerprint, settings.sampling)
+    beginnings = read_beginnings(map(Path, settings.extend), encoder.fingerprint, settings.sampling)
     found = sum(check_beginnings(beginnings, prompts, encoder, samples) for prompts, _, samples in parts)
     if not found:
         raise ConfigError(f"rollouts.extend: {', '.join(settings.extend)}: no completion of these prompts")
@@ -193,14 +218,17 @@ def _engine_url(experiment: Experiment) -> str:
 
 
 def _served_folder(experiment: Experiment) -> Path:
-    return resolve_folder(os.environ.get(SERVED_MODEL) or experiment.model.served_model)
+    """Of the engine of LENVM_ENGINE_URL, LENVM_MODEL is the model."""
+    by_environment = os.environ.get(ENGINE_URL) and not _rollout_settings(experiment).engine_url
+    named = os.environ.get(SERVED_MODEL) if by_environment else None
+    return resolve_folder(named or experiment.model.served_model)
 
 
 def _run_with_engine(experiment: Experiment, command: Sequence[str]) -> NoReturn:
     """This process becomes ``lenvm with-engine``: it runs ``command`` while its engine is up, and ends as that does."""
     lenvm = [sys.executable, "-m", "lenvm_runtime.cli"]
     flags = [f"--engine-argument={argument}" for argument in _rollout_settings(experiment).engine_arguments]
-    model = str(Path(experiment.model.served_model).expanduser())
+    model = experiment.model.served_model
     sys.stdout.flush()
     os.execv(sys.executable, [*lenvm, "with-engine", "--model", model, *flags, "--", *lenvm, *command])
 
@@ -220,10 +248,19 @@ def train(experiment: Experiment, _: Sequence[str]) -> None:
     assert experiment.heads is not None
     data = experiment.data
     rows = select_rollouts(load_rollouts(data.rollouts), data)
-    held_out = select_rollouts(load_rollouts(data.eval_rollouts), DataSettings((), max_tokens=data.max_tokens))
+    held_out = _within_limit(select_rollouts(load_rollouts(data.eval_rollouts), EVERYTHING), data.max_tokens)
     folder, name = resolve_folder(model.backbone), model.base_name or model.backbone
     check_tokenizer([*rows, *held_out], load_tokenizer(folder), read_vocab_size(folder))
+    check_disjoint(rows, held_out)
     _print_once(train_heads(experiment.heads, folder, name, target.gamma, as_lists(rows), as_lists(held_out)))
+
+
+def _within_limit(held_out: list[dict[str, Any]], max_tokens: int) -> list[dict[str, Any]]:
+    kept = select_rollouts(held_out, DataSettings((), max_tokens=max_tokens))
+    count = len(held_out) - len(kept)
+    if count:
+        say(f"{count} of {len(held_out)} held-out completions are left out: more than data.max_tokens, {max_tokens}")
+    return kept
 
 
 def _print_once(figures: dict[str, float]) -> None:
@@ -241,22 +278,26 @@ def evaluate(experiment: Experiment, _: Sequence[str]) -> None:
     if settings is None:
         raise ConfigError("evaluation: missing")
     trained = experiment.output_dir if experiment.heads else f"{experiment.output_dir}/{RESULT_FOLDER}"
-    rows = select_rollouts(load_rollouts(experiment.data.eval_rollouts), DataSettings(()))
-    fit = select_rollouts(
-        load_rollouts(experiment.data.rollouts), replace(experiment.data, max_prompts=settings.max_fit_prompts)
-    )
+    data, out = experiment.data, Path(settings.out)
+    rows, known = select_rollouts(load_rollouts(data.eval_rollouts), EVERYTHING), load_rollouts(data.rollouts)
+    fit = select_rollouts(known, replace(data, max_prompts=settings.max_fit_prompts))
     if not settings.lenvm and not Path(trained).is_dir():
         raise ConfigError(f"{trained}: no such folder; lenvm train writes it")
     source = resolve_folder(settings.lenvm or trained)
     backbone = resolve_folder(experiment.model.backbone)
+    probe_folder = resolve_folder(settings.probe_model) if settings.probe_model else backbone
     check_tokenizer([*rows, *fit], load_tokenizer(backbone), read_vocab_size(backbone))
+    if settings.lenvm and read_lenvm_config(source).kind == "full":
+        _check_named("lenvm", [*rows, *fit], source, backbone)
+    if settings.probe_model:
+        _check_named("probe_model", [*rows, *fit], probe_folder, backbone)
+    check_disjoint([*select_rollouts(known, data), *fit], rows)
+    out.mkdir(parents=True, exist_ok=True)
     device = default_device()
     dtype = getattr(torch, settings.dtype)
     model = load_lenvm(source, dtype, str(backbone)).to(device)
-    probe_folder = resolve_folder(settings.probe_model) if settings.probe_model else backbone
     probe = load_language_model(probe_folder, dtype).to(device)
     space = DiscountedReturn(settings.gamma or model.lenvm_config.target.gamma)
-    out = Path(settings.out)
     collator = build_collator(model, backbone)
     head = load_head(source) if (source / CANDIDATE_FILE).exists() else None
     result = evaluate_prompts(model, probe, rows, fit, collator, settings.min_samples, space, out, head)
@@ -264,6 +305,18 @@ def evaluate(experiment: Experiment, _: Sequence[str]) -> None:
         add_evaluation(source, (out / MARKDOWN_FILE).read_text())
     shown = ("boundary", "served", "coverage", "states")
     print_figures({name: getattr(result, name) for name in shown})
+
+
+def _check_named(name: str, rows: list[dict[str, Any]], folder: Path, backbone: Path) -> None:
+    """Raises ConfigError naming the key for rows that the model of ``folder`` cannot read.
+
+    A training's checkpoint holds no tokenizer: it is the backbone's.
+    """
+    tokenizer = load_tokenizer(folder if any(folder.glob("tokenizer*")) else backbone)
+    try:
+        check_tokenizer(rows, tokenizer, read_vocab_size(folder))
+    except RolloutFileError as error:
+        raise ConfigError(f"evaluation.{name}: {error}") from None
 
 
 def sweep(path: Path, overrides: list[str]) -> None:

@@ -1,9 +1,10 @@
 """States of rollouts, read off by a plain transformers forward of the served model, in resumable shards.
 
-Of each completion up to ``states_per_rollout`` positions are kept, the prompt boundary always among them:
-with L the completion's length (the end token counts), t a kept position and ``remaining`` = L - t,
-the state's features, the token that was drawn from it and what is left. Completions cut by the token
-limit are marked ``censored``: their ``remaining`` is only a lower bound.
+Of each completion the prompt boundary is kept and, with the same probability for all, each later position: a choice
+that looked at the completion's length would make states of short answers count for more than they do in decoding, and
+the values learned from them too near the end. With L the completion's length (the end token counts), t a kept position
+and ``remaining`` = L - t: the state's features, the token that was drawn from it and what is left. Completions cut by
+the token limit are marked ``censored``: their ``remaining`` is only a lower bound.
 
 A shard is named by the fingerprint of what its states depend on and lists the fingerprints of its completions.
 Runs of other models, layers and selections of rows can share a folder: each completion is run once for each
@@ -59,13 +60,14 @@ def extract_states(
     model: Any,
     rollouts: Sequence[dict[str, Any]],
     layers: Sequence[int],
-    states_per_rollout: int,
+    share: float,
     folder: Path,
     seed: int = 0,
 ) -> StateTable:
     """The states of ``rollouts`` (rows of a rollout file) in their order, computed where ``folder`` has none.
 
-    ``layers`` are 0-based decoder layers whose outputs are captured. Aborted completions are left out; a
+    ``layers`` are 0-based decoder layers whose outputs are captured, ``share`` the probability that a position after
+    the prompt boundary is kept. Aborted completions are left out; a
     completion that is there twice counts once. Several processes share the work, and each gets all states.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +76,7 @@ def extract_states(
         for index, row in enumerate(rollouts)
         if row["finish_reason"] in (FINISHED, TRUNCATED) and row["output_token_ids"]
     }
-    fingerprint = _states_fingerprint(model, layers, states_per_rollout, seed)
+    fingerprint = _states_fingerprint(model, layers, share, seed)
     stored = {key for path in _shard_paths(folder, fingerprint) for key in _stored_rows(path)}
     missing = [(key, rollouts[index]) for key, index in wanted.items() if key not in stored]
     processes = PartialState()
@@ -82,16 +84,16 @@ def extract_states(
     missing = missing[processes.process_index :: processes.num_processes]
     for start in tqdm(range(0, len(missing), SHARD_ROLLOUTS), desc="states", unit="shard"):
         shard = missing[start : start + SHARD_ROLLOUTS]
-        states = _concat(list(_shard_states(model, shard, layers, states_per_rollout, seed)))
+        states = _concat(list(_shard_states(model, shard, layers, share, seed)))
         _write_shard(folder, fingerprint, states, [key for key, _ in shard])
     processes.wait_for_everyone()
     return _load_states(_shard_paths(folder, fingerprint), wanted)
 
 
-def _states_fingerprint(model: Any, layers: Sequence[int], count: int, seed: int) -> str:
+def _states_fingerprint(model: Any, layers: Sequence[int], share: float, seed: int) -> str:
     """Of what decides the states of every completion; of each weight a sample is read."""
     config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
-    settings = [config, list(layers), count, seed]
+    settings = [config, list(layers), share, seed]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, weight in model.state_dict().items():
         sample = weight.flatten()[:: max(1, weight.numel() // WEIGHT_SAMPLES)]
@@ -140,11 +142,11 @@ def _load_states(paths: Sequence[Path], wanted: Mapping[str, int]) -> StateTable
 
 
 def _shard_states(
-    model: Any, shard: Sequence[Row], layers: Sequence[int], count: int, seed: int
+    model: Any, shard: Sequence[Row], layers: Sequence[int], share: float, seed: int
 ) -> Iterator[StateTable]:
     numbered = sorted(enumerate(shard), key=lambda item: _num_tokens(item[1]))
     for batch in _batches(numbered):
-        yield from _batch_states(model, batch, layers, count, seed)
+        yield from _batch_states(model, batch, layers, share, seed)
 
 
 def _num_tokens(row: Row) -> int:
@@ -165,7 +167,7 @@ def _batches(rows: Sequence[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]
 
 @torch.inference_mode()
 def _batch_states(
-    model: Any, batch: Sequence[tuple[int, Row]], layers: Sequence[int], count: int, seed: int
+    model: Any, batch: Sequence[tuple[int, Row]], layers: Sequence[int], share: float, seed: int
 ) -> Iterator[StateTable]:
     sequences = [torch.tensor(row["prompt_token_ids"] + row["output_token_ids"]) for _, (_, row) in batch]
     # Right padding: under causal attention no real position sees it.
@@ -175,7 +177,7 @@ def _batch_states(
     middle = [captured[layer].cpu() for layer in layers]
     for i, (index, (key, row)) in enumerate(batch):
         prompt_len, length = len(row["prompt_token_ids"]), len(row["output_token_ids"])
-        kept = _kept_positions(length, count, seed + int(key[:8], 16))
+        kept = _kept_positions(length, share, seed + int(key[:8], 16))
         rows = kept + prompt_len - 1
         yield StateTable(
             final=final[i, rows].clone(),
@@ -214,11 +216,11 @@ class capture_layers:
         return store
 
 
-def _kept_positions(length: int, count: int, seed: int) -> Tensor:
-    """Position 0 and a random choice of the others, increasing."""
-    generator = torch.Generator().manual_seed(seed)
-    others = torch.randperm(length - 1, generator=generator)[: count - 1] + 1
-    return torch.cat([torch.zeros(1, dtype=torch.int64), others.sort().values])
+def _kept_positions(length: int, share: float, seed: int) -> Tensor:
+    """Position 0, and each of the others with probability ``share``; increasing."""
+    drawn = torch.rand(length, generator=torch.Generator().manual_seed(seed))
+    drawn[0] = 0.0
+    return (drawn < share).nonzero().flatten()
 
 
 def _concat(parts: Sequence[StateTable]) -> StateTable:

@@ -17,7 +17,8 @@ from lenvm_training.rollouts import FINISHED, prompt_token_ids
 from lenvm_training.tokens import tokenizer_fingerprint
 
 FROM_ROLE = {"system": "system", "human": "user", "user": "user"}
-KEPT_FIELDS = ("domain", "sample", "prompt_token_ids", "output_token_ids", "finish_reason", "sampling", "tokenizer")
+EXACT_FIELDS = ("prompt_digest", "prompt_token_ids", "output_token_ids", "tokenizer", "begun")
+KEPT_FIELDS = ("domain", "sample", "finish_reason", "sampling", *EXACT_FIELDS)
 
 
 def group_rollouts(rollouts: Iterable[dict[str, Any]], prompts: Iterable[Prompt], tokenizer: Any) -> Iterator[Any]:
@@ -72,17 +73,16 @@ class GroupedReader:
 
     def read(self, row: dict[str, Any], where: str) -> dict[str, Any]:
         """One rollout row. Raises RolloutFileError naming ``where`` and the field."""
-        info, turns = row.get("meta_info") or {}, row.get("conversations")
-        if "lenvm_idx" not in info:
-            raise RolloutFileError(f"{where}: no field 'meta_info.lenvm_idx'")
-        if not turns or turns[-1].get("from") != "gpt":
-            raise RolloutFileError(f"{where}: 'conversations' must end with a turn from 'gpt'")
+        info, turns = _info(row, where), _turns(row, where)
         prompt_id = str(info["lenvm_idx"])
         sample = info.get("sample", self._samples.get(prompt_id, 0))
+        if not isinstance(sample, int):
+            raise RolloutFileError(f"{where}: field 'meta_info.sample' must be a number")
         self._samples[prompt_id] = sample + 1
+        finish_reason = self._finish_reason(info, where)
         rollout = {"prompt_id": prompt_id, "domain": str(info.get("domain", "")), "sample": sample}
-        rollout["finish_reason"] = self._finish_reason(info, where)
-        rollout |= self._token_ids(info, turns, rollout["finish_reason"], where)
+        rollout["finish_reason"] = finish_reason
+        rollout |= self._token_ids(info, turns, finish_reason, where)
         rollout["sampling"] = info.get("sampling", {})
         return rollout | ({"images": row["images"]} if row.get("images") else {})
 
@@ -95,16 +95,40 @@ class GroupedReader:
         self, info: dict[str, Any], turns: list[dict[str, Any]], finish_reason: str, where: str
     ) -> dict[str, Any]:
         if "output_token_ids" in info:
-            return {name: info[name] for name in ("prompt_token_ids", "output_token_ids", "tokenizer") if name in info}
+            return {name: info[name] for name in EXACT_FIELDS if name in info}
         self.num_retokenised += 1
         try:
             messages = [{"role": FROM_ROLE[turn["from"]], "content": turn["value"]} for turn in turns[:-1]]
         except KeyError as error:
             raise RolloutFileError(f"{where}: a turn from {error}, expected 'system' or 'human'") from None
+        try:
+            prompt = prompt_token_ids(self._tokenizer, Prompt(str(info["lenvm_idx"]), "", messages))
+        except ValueError as error:
+            raise RolloutFileError(f"{where}: {error}") from None
         output = list(self._tokenizer(turns[-1]["value"], add_special_tokens=False)["input_ids"])
         end = [self._tokenizer.eos_token_id] if finish_reason == FINISHED else []
         return {
-            "prompt_token_ids": prompt_token_ids(self._tokenizer, Prompt("", "", messages)),
+            "prompt_token_ids": prompt,
             "output_token_ids": output + end,
             "tokenizer": self._fingerprint,
         }
+
+
+def _info(row: dict[str, Any], where: str) -> dict[str, Any]:
+    info = row.get("meta_info")
+    if not isinstance(info, dict) or "lenvm_idx" not in info:
+        raise RolloutFileError(f"{where}: no field 'meta_info.lenvm_idx'")
+    return info
+
+
+def _turns(row: dict[str, Any], where: str) -> list[dict[str, str]]:
+    turns = row.get("conversations") or []
+    if not isinstance(turns, list) or not all(map(_is_turn, turns)):
+        raise RolloutFileError(f"{where}: 'conversations' must be a list of turns with 'from' and 'value'")
+    if not turns or turns[-1]["from"] != "gpt":
+        raise RolloutFileError(f"{where}: 'conversations' must end with a turn from 'gpt'")
+    return turns
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, dict) and all(isinstance(turn.get(name), str) for name in ("from", "value"))

@@ -15,7 +15,8 @@ HEADS = ("candidate", "value")
 class HeadsSettings:
     """Heads on frozen states. ``work`` keeps states and checkpoints (reused), ``out`` is the head folder to write.
 
-    ``layers``: decoder layers read beside the final state; ``num_bins``, ``max_length``: bins of remaining lengths;
+    ``layers``: decoder layers read beside the final state; ``state_share``: share of a completion's states after the
+    prompt boundary that are kept; ``num_bins``, ``max_length``: bins of remaining lengths;
     ``dropout``: share of the input features set to 0 in training; ``censored``: what completions cut by the token
     limit do in the value head's loss, see `head_losses.value_loss`; ``start``: a head folder of the same form whose
     weights the training starts from, fresh ones when it is empty; ``train``: which of the two are trained, the other
@@ -31,7 +32,7 @@ class HeadsSettings:
     layers: tuple[int, ...] = ()
     rank: int = 256
     epochs: int = 8
-    states: int = 24
+    state_share: float = 0.1
     num_bins: int = 32
     max_length: int = 1024
     dropout: float = 0.1
@@ -42,8 +43,11 @@ class HeadsSettings:
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"heads.epochs: must be at least 1, got {self.epochs}")
+        for name, least in (("epochs", 1), ("rank", 1), ("num_bins", 2), ("max_length", self.num_bins)):
+            if getattr(self, name) < least:
+                raise ValueError(f"heads.{name}: must be at least {least}, got {getattr(self, name)}")
+        if not 0 < self.state_share <= 1:
+            raise ValueError(f"heads.state_share: must be greater than 0 and at most 1, got {self.state_share}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"heads.dropout: must be at least 0 and less than 1, got {self.dropout}")
         if self.censored not in CENSORED:

@@ -8,9 +8,10 @@ figures of `metrics`. A run that is started again goes on from its last complete
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +30,7 @@ from lenvm_training.model import (
     ModelSettings,
     build_lenvm,
     load_tokenizer,
+    read_vocab_size,
     resolve_folder,
     restore_lenvm,
     save_lenvm,
@@ -39,6 +41,7 @@ from lenvm_training.rollout_data import (
     RolloutCollator,
     RolloutDataset,
     StepOrder,
+    check_disjoint,
     check_tokenizer,
     load_rollouts,
     select_eval_rollouts,
@@ -83,6 +86,11 @@ class LenVMTrainer(Trainer):
         else:
             restore_lenvm(_unwrap(model or self.model), Path(resume_from_checkpoint))
 
+    def _load_best_model(self) -> None:
+        """By its step: the path that a checkpoint holds is wrong once the folder has moved."""
+        best = f"checkpoint-{self.state.best_global_step}"
+        restore_lenvm(_unwrap(self.model), Path(self.args.output_dir) / best)
+
 
 def _unwrap(model: Any) -> LenVM:
     while not isinstance(model, LenVM):
@@ -96,19 +104,19 @@ def train_lenvm(run: LenVMRun) -> dict[str, float]:
     Raises ValueError for settings and data that cannot be used, before anything is loaded where possible.
     """
     arguments = training_arguments(run.training, STEP_ORDER)
-    output = Path(arguments.output_dir)
-    with arguments.main_process_first():
-        claim_output(output, TypeAdapter(LenVMRun).dump_json(run, indent=2).decode() + "\n")
-        checkpoint = last_checkpoint(output)
-    torch.manual_seed(arguments.seed)
     train, held_out = _load_datasets(run.data, run.target)
-    lengths = [len(row["output_token_ids"]) for row in train.rows]
-    model = build_lenvm(run.model, run.target, mean_target(lengths, run.target.build_space()))
     folder = resolve_folder(run.model.backbone)
     tokenizer = load_tokenizer(folder)
-    for dataset in (train, held_out):
-        if dataset is not None:
-            check_tokenizer(dataset.rows, tokenizer, model.config.get_text_config().vocab_size)
+    held_out_rows = [] if held_out is None else held_out.rows
+    check_tokenizer([*train.rows, *held_out_rows], tokenizer, read_vocab_size(folder))
+    check_disjoint(train.rows, held_out_rows)
+    output = Path(arguments.output_dir)
+    with arguments.main_process_first():
+        claim_output(output, _record(run, {"train": rows_digest(train.rows), "eval": rows_digest(held_out_rows)}))
+        checkpoint = last_checkpoint(output)
+    torch.manual_seed(arguments.seed)
+    lengths = [len(row["output_token_ids"]) for row in train.rows]
+    model = build_lenvm(run.model, run.target, mean_target(lengths, run.target.build_space()))
     rows_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     order_seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     trainer = LenVMTrainer(
@@ -143,6 +151,8 @@ def training_arguments(
         if name not in TrainingArguments.__dataclass_fields__:
             raise ValueError(f"{section}.{name}: not one of transformers.TrainingArguments")
     _check_gathered(settings.get("deepspeed"), f"{section}.deepspeed")
+    if settings.get("load_best_model_at_end") and (settings.get("fsdp") or settings.get("deepspeed")):
+        raise ValueError(f"{section}.load_best_model_at_end: not with fsdp or deepspeed")
     try:
         (parsed,) = HfArgumentParser(TrainingArguments).parse_dict({**defaults, **settings, **fixed})
     except (ValueError, TypeError, ImportError) as error:
@@ -197,6 +207,24 @@ def _load_datasets(settings: DataSettings, target: TargetConfig) -> tuple[Rollou
     return train, held_out
 
 
+def rows_digest(rows: Sequence[dict[str, Any]]) -> str:
+    """Of what is learned from rollouts with token ids as arrays, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        prompt, output = row["prompt_token_ids"], row["output_token_ids"]
+        name = [row["prompt_id"], row["sample"], row["finish_reason"], len(prompt), len(output)]
+        digest.update(json.dumps(name).encode())
+        digest.update(prompt)
+        digest.update(output)
+    return digest.hexdigest()
+
+
+def _record(run: LenVMRun, rollouts: dict[str, str]) -> str:
+    """Everything that decides the weights and figures of a run, as JSON; ``rollouts`` are digests of the rows."""
+    settings = TypeAdapter(LenVMRun).dump_python(run, mode="json")
+    return json.dumps({**settings, "rollouts": rollouts}, indent=2) + "\n"
+
+
 def claim_output(output: Path, settings: str) -> None:
     """Keep the settings (JSON) beside the checkpoints. Raises ValueError when they are those of another run.
 
@@ -206,7 +234,10 @@ def claim_output(output: Path, settings: str) -> None:
     if path.exists() and path.read_text() == settings:
         return
     if path.exists() and (any(output.glob("checkpoint-*")) or (output / RESULT_FOLDER).exists()):
-        raise ValueError(f"training.output_dir: {output} holds a run of other settings (see {SETTINGS_FILE} there)")
+        raise ValueError(
+            f"training.output_dir: {output} holds a run of other settings or rollouts (see {SETTINGS_FILE} there); "
+            "set another"
+        )
     output.mkdir(parents=True, exist_ok=True)
     path.write_text(settings)
 

@@ -9,13 +9,14 @@ gamma is taken then.
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
@@ -31,6 +32,9 @@ FAMILY_GAMMA = {"qwen2": 0.997, "qwen2_5_vl": 0.997, "qwen3": 0.9998, "qwen3_moe
 KINDS = ("full", "lora", "head")
 DTYPES = ("float32", "bfloat16", "float16")
 SERVED_SPACE = "discounted_return"
+DAMAGED = (SafetensorError, StrictDataclassError, pickle.UnpicklingError, EOFError, RuntimeError)
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, *DAMAGED)
+"""What transformers and peft raise for a folder whose files are damaged, missing, or of another model."""
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -184,7 +188,9 @@ class LenVM(nn.Module):
 
 
 def build_lenvm(settings: ModelSettings, target: TargetConfig, start: Tensor | None = None) -> LenVM:
-    """A LenVM to train, with a new value head unless the backbone's folder holds one. Raises CheckpointError.
+    """A LenVM to train, with a new value head unless the backbone's folder holds one.
+
+    Raises CheckpointError, ValueError for a value head that was trained for another target.
 
     A new head starts at ``start``, the prediction it makes at first (nearly) everywhere: from elsewhere, the common
     way to the mean target can drive the sigmoid into saturation before anything is learned.
@@ -194,6 +200,8 @@ def build_lenvm(settings: ModelSettings, target: TargetConfig, start: Tensor | N
     language_model = load_language_model(folder, dtype, settings.attn_implementation)
     hidden_size = language_model.config.get_text_config().hidden_size
     has_head = (folder / VALUE_FILE).exists()
+    if has_head:
+        _check_target(folder, language_model.config.model_type, target)
     value_head = load_value_head(folder, hidden_size) if has_head else ValueHead(hidden_size)
     value_head.requires_grad_(True)
     base_name = settings.base_name or settings.backbone
@@ -206,6 +214,22 @@ def build_lenvm(settings: ModelSettings, target: TargetConfig, start: Tensor | N
         nn.init.constant_(value_head.summary.bias, model.space.raw_value(start).item())
     _freeze_output_layer(model.causal_model)
     return model
+
+
+def _check_target(folder: Path, model_type: str, target: TargetConfig) -> None:
+    """Raises ValueError when the value head in ``folder`` is known to be of another target."""
+    if not (folder / CONFIG_FILE).exists() and model_type not in FAMILY_GAMMA:
+        return
+    there = read_lenvm_config(folder).target
+    if there.build_space() != target.build_space():
+        raise ValueError(
+            f"target: {folder} has a value head of {_described(there)}, this run is of {_described(target)}"
+        )
+
+
+def _described(target: TargetConfig) -> str:
+    """The space and what decides its values."""
+    return ", ".join([target.space, *(f"{name} {value}" for name, value in vars(target.build_space()).items())])
 
 
 def load_lenvm(source: str | Path, dtype: torch.dtype = torch.float32, base_model: str = "") -> LenVM:
@@ -222,7 +246,10 @@ def load_lenvm(source: str | Path, dtype: torch.dtype = torch.float32, base_mode
     if config.kind == "lora":
         from peft import PeftModel
 
-        language_model = PeftModel.from_pretrained(language_model, folder)
+        try:
+            language_model = PeftModel.from_pretrained(language_model, folder)
+        except UNREADABLE as error:
+            raise CheckpointError(f"{folder}: {_first_line(error)}") from None
     value_head = load_value_head(folder, language_model.config.get_text_config().hidden_size)
     return LenVM(language_model, value_head, config).eval()
 
@@ -298,8 +325,8 @@ def load_language_model(folder: Path, dtype: torch.dtype, attn_implementation: s
         model, info = loader.from_pretrained(
             folder, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}") from None
+    except UNREADABLE as error:
+        raise CheckpointError(f"{folder}: {_first_line(error)}") from None
     missing = sorted(set(info["missing_keys"]) - {"lm_head.weight"})
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} weights are missing, the first is {missing[0]}")
@@ -310,8 +337,8 @@ def read_vocab_size(folder: Path) -> int:
     """Rows of the embeddings of a model's folder. Raises CheckpointError."""
     try:
         size: int = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}") from None
+    except UNREADABLE as error:
+        raise CheckpointError(f"{folder}: {_first_line(error)}") from None
     return size
 
 
@@ -319,8 +346,12 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model's folder. Raises CheckpointError."""
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: no usable tokenizer ({str(error).splitlines()[0]})") from None
+    except UNREADABLE as error:
+        raise CheckpointError(f"{folder}: no usable tokenizer ({_first_line(error)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), repr(error))
 
 
 def default_device() -> torch.device:

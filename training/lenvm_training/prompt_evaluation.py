@@ -220,22 +220,21 @@ def evaluate_states(
     model.eval()
     dataset = RolloutDataset(rows)
     device = next(model.parameters()).device
-    width = max(len(row["prompt_token_ids"]) + len(row["output_token_ids"]) for row in dataset.rows)
-    predictions = np.zeros((len(dataset), width), dtype=np.float32)
-    labels = np.full((len(dataset), width), IGNORED)
-    items = [dataset[index] for index in range(len(dataset))]
-    for chosen in _batches([len(item["input_ids"]) for item in items]):
-        batch = collator([items[row] for row in chosen])
+    lengths = [len(row["prompt_token_ids"]) + len(row["output_token_ids"]) for row in dataset.rows]
+    predictions = np.zeros((len(dataset), max(lengths)), dtype=np.float32)
+    labels = np.full(predictions.shape, IGNORED, dtype=np.int32)
+    for chosen in _batches(lengths):
+        batch = collator([dataset[row] for row in chosen])
         target = batch.pop("labels").numpy()
         output = model(**{name: tensor.to(device) for name, tensor in batch.items()}).predictions.cpu()
         labels[chosen, : target.shape[1]] = target
         predictions[chosen, : target.shape[1]] = space.target(model.space.length(output)).numpy()
-    return state_metrics(predictions, labels, space) | _position_figures(labels, RolloutDataset(fit), space)
+    return state_metrics(predictions, labels, space) | _position_figures(dataset, RolloutDataset(fit), space)
 
 
-def _position_figures(labels: Any, fit: RolloutDataset, space: TargetSpace) -> dict[str, float]:
-    positions, targets = _states(((labels[row] != IGNORED).sum() - 1 for row in range(len(labels))), space)
-    fit_positions, fit_targets = _states((len(row["output_token_ids"]) for row in fit.rows), space)
+def _position_figures(dataset: RolloutDataset, fit: RolloutDataset, space: TargetSpace) -> dict[str, float]:
+    positions, targets = _states(dataset, space)
+    fit_positions, fit_targets = _states(fit, space)
     edges = np.quantile(fit_positions, np.linspace(0, 1, POSITION_BINS + 1)[1:-1])
     bins = np.digitize(fit_positions, edges)
     sums = np.bincount(bins, fit_targets, minlength=POSITION_BINS)
@@ -246,9 +245,9 @@ def _position_figures(labels: Any, fit: RolloutDataset, space: TargetSpace) -> d
     }
 
 
-def _states(lengths: Any, space: TargetSpace) -> tuple[Floats, Floats]:
-    """Position and target of every state of completions of the given lengths."""
-    counted = [int(length) for length in lengths]
+def _states(dataset: RolloutDataset, space: TargetSpace) -> tuple[Floats, Floats]:
+    """Position and target of every state."""
+    counted = [len(row["output_token_ids"]) for row in dataset.rows]
     positions = np.concatenate([np.arange(length + 1) for length in counted])
     remaining = np.concatenate([np.arange(length, -1, -1) for length in counted])
     return positions.astype(np.float64), _target(space, remaining)

@@ -90,13 +90,16 @@ NAMED |= {
         columns=ColumnMap(conversation="conversations", image="image"),
     ),
 }
+HUB_FILES = "hf://datasets"
 QUESTION_SETS = {
-    "taco": ("BAAI/TACO", ("question",)),
-    "apps": ("codeparrot/apps", ("question",)),
+    "taco": ("BAAI/TACO/ALL/{split}-*.parquet", ("question",)),
+    "apps": ("codeparrot/apps/{split}.jsonl", ("question",)),
     "code_contests": ("deepmind/code_contests", ("description",)),
     "open-r1/codeforces": ("open-r1/codeforces", ("description", "input_format", "output_format")),
 }
-"""Where OpenCodeReasoning-2, whose ``question`` column is only "-", says that its questions lie."""
+"""Where OpenCodeReasoning-2, whose ``question`` column is only "-", says that its questions lie: data sets, or files of
+data sets with a script of their own, which `datasets` does not run.
+"""
 
 
 def load_prompts(source: PromptSource, image_folder: Path, seed: int) -> list[Prompt]:
@@ -172,7 +175,8 @@ class _QuestionJoin:
         name, columns = QUESTION_SETS[row["dataset"]]
         key = (name, row["split"])
         if key not in self._sets:
-            self._sets[key] = load_rows(name, row["split"], None)
+            files = f"{HUB_FILES}/{name.format(split=row['split'])}"
+            self._sets[key] = load_rows(files if "{split}" in name else name, row["split"], None)
         found = self._sets[key][int(row["index"])]
         return {**row, "question": "\n\n".join(found[column] for column in columns if found[column])}
 

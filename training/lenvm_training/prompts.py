@@ -7,9 +7,12 @@ One prompt is ``{"id": str, "domain": str, "messages": [...]}``. Four domains: `
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import random
-from collections.abc import Iterator
+import string
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +78,18 @@ REQUESTED = (
     "Summarize the most important thing about {topic} in {n} words or fewer.",
 )
 REQUESTED_LENGTHS = (20, 30, 50, 64, 80, 100, 128, 150, 200, 256, 300, 400)
+FAMILIES = {"short_long": (SHORT, LONG), "requested": (REQUESTED,)}
+"""Of each domain, the templates that its prompts are drawn from in turn."""
+FIELDS: dict[str, Sequence[object]] = {
+    "topic": TOPICS,
+    "word": WORDS,
+    "a": range(2, 100),
+    "b": range(2, 100),
+    "c": range(2, 13),
+    "k": range(2, 10),
+    "n": REQUESTED_LENGTHS,
+}
+"""What a template is filled with, beside ``country`` and ``country2``, which are two different ones."""
 
 
 class PromptFileError(ValueError):
@@ -98,14 +113,38 @@ class Prompt:
         """All text of the conversation."""
         return "\n".join(part for message in self.messages for part in _texts(message["content"]))
 
+    @property
+    def digest(self) -> str:
+        """Of what is asked, whatever a chat template makes of it (some write the day's date)."""
+        return hashlib.sha256(json.dumps([self.messages, self.images], sort_keys=True).encode()).hexdigest()[:16]
+
     def to_json(self) -> str:
         fields = {"id": self.id, "domain": self.domain, "messages": self.messages}
         return json.dumps(fields | ({"images": self.images} if self.images else {}), ensure_ascii=False)
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> Prompt:
-        images = [str(path) for path in row.get("images", [])]
-        return cls(id=str(row["id"]), domain=str(row["domain"]), messages=list(row["messages"]), images=images)
+        """Raises ValueError naming the field that is missing or cannot be used."""
+        for name in ("id", "domain", "messages"):
+            if name not in row:
+                raise ValueError(f"no field {name!r}")
+        messages, images = row["messages"], row.get("images") or []
+        if not isinstance(messages, list) or not all(map(_is_message, messages)):
+            raise ValueError("field 'messages' must be a list of objects with 'role' and 'content'")
+        if not isinstance(images, list):
+            raise ValueError("field 'images' must be a list of files")
+        return cls(str(row["id"]), str(row["domain"]), messages, [str(path) for path in images])
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    return isinstance(content, str) or (isinstance(content, list) and all(map(_is_part, content)))
+
+
+def _is_part(part: Any) -> bool:
+    return isinstance(part, dict) and "type" in part and (part["type"] != "text" or isinstance(part.get("text"), str))
 
 
 def _texts(content: Any) -> list[str]:
@@ -117,13 +156,16 @@ def _texts(content: Any) -> list[str]:
 
 def read_prompts(path: Path) -> list[Prompt]:
     """Read a file of prompts. Raises PromptFileError naming the line."""
-    prompts = []
+    prompts: dict[str, Prompt] = {}
     for number, row in _rows(path):
         try:
-            prompts.append(Prompt.from_dict(row))
-        except KeyError as error:
-            raise PromptFileError(f"{path}:{number}: no field {error}") from None
-    return prompts
+            prompt = Prompt.from_dict(row)
+        except ValueError as error:
+            raise PromptFileError(f"{path}:{number}: {error}") from None
+        if prompt.id in prompts:
+            raise PromptFileError(f"{path}:{number}: a second prompt of the id {prompt.id!r}")
+        prompts[prompt.id] = prompt
+    return list(prompts.values())
 
 
 def prompts_from_file(path: Path, domain: str, limit: int, seed: int) -> list[Prompt]:
@@ -134,9 +176,15 @@ def prompts_from_file(path: Path, domain: str, limit: int, seed: int) -> list[Pr
 
 
 def template_prompts(count: int, domain: str, seed: int) -> list[Prompt]:
-    """``count`` different prompts of domain ``short_long`` or ``requested``, drawn from the templates."""
+    """``count`` different prompts of domain ``short_long`` or ``requested``, drawn from the templates.
+
+    Raises ValueError when there are not so many.
+    """
     rng = random.Random(f"{seed}:{domain}")
-    families = {"short_long": (SHORT, LONG), "requested": (REQUESTED,)}[domain]
+    families = FAMILIES[domain]
+    available = min(len(families) * sum(map(_num_texts, family)) + turn for turn, family in enumerate(families))
+    if count > available:
+        raise ValueError(f"templates: {domain} has {available} different prompts, {count} are asked for")
     texts: dict[str, None] = {}
     while len(texts) < count:
         template = rng.choice(families[len(texts) % len(families)])
@@ -146,17 +194,15 @@ def template_prompts(count: int, domain: str, seed: int) -> list[Prompt]:
 
 def _fill(template: str, rng: random.Random) -> str:
     country, country2 = rng.sample(COUNTRIES, 2)
-    return template.format(
-        topic=rng.choice(TOPICS),
-        country=country,
-        country2=country2,
-        word=rng.choice(WORDS),
-        a=rng.randint(2, 99),
-        b=rng.randint(2, 99),
-        c=rng.randint(2, 12),
-        k=rng.randint(2, 9),
-        n=rng.choice(REQUESTED_LENGTHS),
-    )
+    values = {name: rng.choice(choices) for name, choices in FIELDS.items()}
+    return template.format(country=country, country2=country2, **values)
+
+
+def _num_texts(template: str) -> int:
+    """How many different texts a template can become."""
+    sizes = {name: len(choices) for name, choices in FIELDS.items()}
+    sizes |= {"country": len(COUNTRIES), "country2": len(COUNTRIES) - 1}
+    return math.prod(sizes[name] for _, name, _, _ in string.Formatter().parse(template) if name)
 
 
 def _prompt(identifier: str, domain: str, text: str) -> Prompt:
@@ -170,14 +216,26 @@ def _text_of(row: dict[str, Any], path: Path, number: int) -> str:
         return str(row["prompt"])
     if "instruction" in row:
         instances = row.get("instances") or [{}]
+        if not isinstance(instances, list) or not isinstance(instances[0], dict):
+            raise PromptFileError(f"{path}:{number}: field 'instances' must be a list of objects")
         return "\n\n".join(part for part in (str(row["instruction"]), str(instances[0].get("input", ""))) if part)
     raise PromptFileError(f"{path}:{number}: no field 'question', 'prompt' or 'instruction'")
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as stream:
+    with path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError:
-                raise PromptFileError(f"{path}:{number}: not a JSON object") from None
+            yield number, parse_object(line, f"{path}:{number}", PromptFileError)
+
+
+def parse_object(line: bytes, where: str, error: type[ValueError] = ValueError) -> dict[str, Any]:
+    """The JSON object in a line of a file. Raises ``error`` naming ``where``."""
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError:
+        raise error(f"{where}: not UTF-8 text") from None
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise error(f"{where}: not a JSON object")
+    return row

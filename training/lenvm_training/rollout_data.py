@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import random
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lenvm_training.endpoints import ABORTED
+from lenvm_training.prompts import parse_object
 from lenvm_training.rollouts import FINISHED, TRUNCATED
 from lenvm_training.targets import IGNORED, remaining_labels
 from lenvm_training.tokens import tokenizer_fingerprint
@@ -52,36 +54,68 @@ class DataSettings:
     max_eval_completions: int = 2000
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "max_prompts", "max_samples_per_prompt", "max_eval_completions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name}: must be at least 1, got {value}")
+
 
 def load_rollouts(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
     """All rows of rollout files of one tokenizer, token ids as int32 arrays, without aborted completions.
 
-    Of a completion that was gone on with, or taken over, under a higher token limit, that row alone is kept.
-    Raises RolloutFileError.
+    Of a completion that was gone on with, or taken over, under a higher token limit, that row alone is kept; copies
+    of rows in another of the files count once. Raises RolloutFileError.
     """
-    rows: list[dict[str, Any]] = []
+    files: list[list[dict[str, Any]]] = []
     tokenizers: dict[str, str] = {}
     for path in (Path(path).expanduser() for path in paths):
+        files.append([])
         for number, line in enumerate(_lines(path), 1):
             row = _parse_row(line, f"{path}:{number}")
             tokenizers.setdefault(row.get("tokenizer", ""), f"{path}:{number}")
             if row["finish_reason"] != ABORTED:
-                rows.append(row)
+                files[-1].append(row)
     tokenizers.pop("", None)
     if len(tokenizers) > 1:
         raise RolloutFileError(f"rollouts of different tokenizers: {' and '.join(list(tokenizers.values())[:2])}")
-    if not rows:
+    if not any(files):
         raise RolloutFileError(f"no rollouts in {', '.join(map(str, paths)) or 'no file'}")
-    return _without_beginnings(rows)
+    return _without_copies(_without_beginnings(files))
 
 
-def _without_beginnings(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _without_beginnings(files: Sequence[Sequence[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
     """Rows that no other row of the same prompt and sample was begun with."""
     later: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in rows:
+    for row in chain.from_iterable(files):
         if "begun" in row:
             later.setdefault(_key(row), []).append(row)
-    return [row for row in rows if not any(_begins(row, other) for other in later.get(_key(row), ()))]
+    return [
+        [row for row in rows if not any(_begins(row, other) for other in later.get(_key(row), ()))] for rows in files
+    ]
+
+
+def _without_copies(files: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows of all files, without a file's copies of rows of the files before it.
+
+    A file that has only another completion for one of their prompts and samples was sampled by itself. All its rows
+    count then: that some are the same is chance, most of all for short ones, which would become too few.
+    """
+    known: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    kept: list[dict[str, Any]] = []
+    for rows in files:
+        is_copy = [any(_is_same(row, other) for other in known.get(_key(row), ())) for row in rows]
+        copied = {_key(row) for row, copy in zip(rows, is_copy, strict=True) if copy}
+        sampled_by_itself = any(_key(row) in known and _key(row) not in copied for row in rows)
+        new = [row for row, copy in zip(rows, is_copy, strict=True) if sampled_by_itself or not copy]
+        for row in new:
+            known.setdefault(_key(row), []).append(row)
+        kept += new
+    return kept
+
+
+def _is_same(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(row[name] == other[name] for name in TOKEN_FIELDS)
 
 
 def _key(row: dict[str, Any]) -> tuple[str, int]:
@@ -98,22 +132,19 @@ def _begins(row: dict[str, Any], other: dict[str, Any]) -> bool:
     )
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path) -> Iterator[bytes]:
     try:
-        with path.open(encoding="utf-8") as stream:
+        with path.open("rb") as stream:
             for line in stream:
-                if not line.endswith("\n"):
+                if not line.endswith(b"\n"):
                     raise RolloutFileError(f"{path}: the last line is cut off; sample again, it goes on from there")
                 yield line
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise RolloutFileError(f"{path}: cannot be read ({error})") from None
 
 
-def _parse_row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row: dict[str, Any] = json.loads(line)
-    except json.JSONDecodeError:
-        raise RolloutFileError(f"{where}: not a JSON object") from None
+def _parse_row(line: bytes, where: str) -> dict[str, Any]:
+    row = parse_object(line, where, RolloutFileError)
     for name, kind in REQUIRED_FIELDS.items():
         if not isinstance(row.get(name), kind):
             raise RolloutFileError(f"{where}: field {name!r} is missing or not of type {kind.__name__}")
@@ -122,6 +153,8 @@ def _parse_row(line: str, where: str) -> dict[str, Any]:
             row[name] = array("i", row[name])
         except (TypeError, OverflowError):
             raise RolloutFileError(f"{where}: field {name!r} must hold token ids") from None
+    if not row["prompt_token_ids"]:
+        raise RolloutFileError(f"{where}: field 'prompt_token_ids' is empty")
     return row
 
 
@@ -170,6 +203,21 @@ def check_tokenizer(rows: Sequence[dict[str, Any]], tokenizer: Any, vocab_size: 
         if largest >= vocab_size:
             name = f"prompt {row['prompt_id']} sample {row['sample']}"
             raise RolloutFileError(f"{name}: token id {largest}, but the backbone has {vocab_size} tokens")
+
+
+def check_disjoint(train_rows: Iterable[dict[str, Any]], held_out_rows: Iterable[dict[str, Any]]) -> None:
+    """Raise RolloutFileError when a prompt (its token ids and images) is on both sides."""
+    trained = {_prompt_key(row): row["prompt_id"] for row in train_rows}
+    for row in held_out_rows:
+        name = trained.get(_prompt_key(row))
+        if name is not None:
+            known_as = "" if name == row["prompt_id"] else f" (as {name})"
+            raise RolloutFileError(f"data.eval_rollouts: prompt {row['prompt_id']} is in data.rollouts too{known_as}")
+
+
+def _prompt_key(row: dict[str, Any]) -> tuple[bytes, ...]:
+    token_ids = array("i", row["prompt_token_ids"]).tobytes()
+    return hashlib.blake2b(token_ids, digest_size=16).digest(), *(path.encode() for path in row.get("images", ()))
 
 
 class RolloutDataset(torch.utils.data.Dataset[dict[str, Any]]):

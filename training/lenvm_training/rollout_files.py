@@ -14,7 +14,7 @@ import yaml
 from lenvm_training.config import load_yaml
 from lenvm_training.grouped_rows import GroupedReader, group_rollouts
 from lenvm_training.model import load_tokenizer, resolve_folder
-from lenvm_training.prompts import read_prompts
+from lenvm_training.prompts import parse_object, read_prompts
 from lenvm_training.reference_config import convert_reference
 from lenvm_training.rollout_data import DataSettings, load_rollouts, select_rollouts
 from lenvm_training.rollout_report import write_length_report
@@ -47,12 +47,11 @@ def ungroup(grouped: Path, out: Path, model: str, assume_finished: bool) -> None
     """Read the public grouped format; says how many rows had to be tokenised anew."""
     reader = GroupedReader(load_tokenizer(resolve_folder(model)), assume_finished)
     rows = []
-    for number, line in enumerate(grouped.read_text(encoding="utf-8").split("\n"), 1):
-        if line:
-            try:
-                rows.append(reader.read(json.loads(line), f"{grouped}:{number}"))
-            except json.JSONDecodeError:
-                raise ValueError(f"{grouped}:{number}: not a JSON object") from None
+    with grouped.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                where = f"{grouped}:{number}"
+                rows.append(reader.read(parse_object(line, where), where))
     write_lines(out, map(json.dumps, rows))
     say(f"{out}: {len(rows)} completions, {reader.num_retokenised} of them tokenised from text (not exact)")
 

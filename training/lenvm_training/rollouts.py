@@ -1,6 +1,6 @@
 """Sample completions of prompts from a served model into a resumable JSONL file.
 
-One row a completion: ``{"prompt_id", "domain", "sample", "prompt_token_ids", "output_token_ids",
+One row a completion: ``{"prompt_id", "prompt_digest", "domain", "sample", "prompt_token_ids", "output_token_ids",
 "finish_reason", "sampling", "tokenizer"}`` and ``images`` where the prompt has some.
 ``output_token_ids`` includes the end token of a finished answer; ``tokenizer`` is the fingerprint of
 the vocabulary. A run that is started again samples only what is missing (or was aborted), with the same sampling.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import json
 import os
 import random
@@ -26,10 +27,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
+from jinja2 import TemplateError
 from tqdm import tqdm
 
 from lenvm_training.endpoints import ABORTED, Completion, Endpoint, Request, Retry, Sampling, connect
-from lenvm_training.prompts import Prompt
+from lenvm_training.prompts import Prompt, parse_object
 from lenvm_training.tokens import tokenizer_fingerprint
 
 FINISHED = "stop"
@@ -54,7 +56,7 @@ class PromptEncoder(Protocol):
     fingerprint: str
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The prompt up to where the answer starts."""
+        """The prompt up to where the answer starts. Raises ValueError for one that cannot be written so."""
 
 
 class ChatEncoder:
@@ -78,7 +80,8 @@ class ImageChatEncoder:
     def encode(self, prompt: Prompt) -> list[int]:
         from lenvm_training.rollout_data import open_image
 
-        text = self._processor.apply_chat_template(prompt.messages, add_generation_prompt=True, tokenize=False)
+        with template_refusals(f"prompt {prompt.id}"):
+            text = self._processor.apply_chat_template(prompt.messages, add_generation_prompt=True, tokenize=False)
         images = [open_image(path) for path in prompt.images] or None
         encoded = self._processor(text=[text], images=images)
         return [int(token) for token in encoded["input_ids"][0]]
@@ -120,37 +123,59 @@ async def sample_rollouts(
     Once ``stop`` is set no new completion is begun, and those under way are finished: cutting them off
     would leave out the long ones. Raises EngineError when the engine stays down, RolloutWriteError when
     a row cannot be written; rows already written stay. ValueError: ``path`` holds rollouts of another tokenizer
-    or sampling, or the system does not allow as many connections as ``concurrency``.
+    or sampling or of prompts that have changed, or another process is writing to it; ``engine_url`` is no address; the
+    system does not allow as many connections as ``concurrency``; or a prompt cannot be completed (what is under way
+    then is finished, as after ``stop``).
     """
+    _check_url(engine_url)
     reserve_files(concurrency)
-    done = _completed(path, encoder.fingerprint, sampling)
     retry = retry or Retry()
     jobs = [(prompt, sample) for prompt in prompts for sample in range(num_samples)]
-    missing = [job for job in jobs if (job[0].id, job[1]) not in done]
-    random.Random(seed).shuffle(missing)
-    queue = iter(missing)
     added = 0
+    unusable: list[ValueError] = []
     path.parent.mkdir(parents=True, exist_ok=True)
     async with AsyncExitStack() as stack:
+        write = stack.enter_context(_writer(path))
+        done = _completed(path, prompts, encoder, sampling)
+        missing = [job for job in jobs if (job[0].id, job[1]) not in done]
+        random.Random(seed).shuffle(missing)
+        queue = iter(missing)
         endpoints = []
         for _ in range(0, concurrency, POOL_CONNECTIONS):
             client = await stack.enter_async_context(_client(engine_url, retry.timeout_s, transport))
             endpoints.append(await connect(api, client, retry))
-        with _writer(path) as write, _Progress(len(jobs), len(jobs) - len(missing)) as progress:
+        progress = stack.enter_context(_Progress(len(jobs), len(jobs) - len(missing)))
 
-            async def work(endpoint: Endpoint) -> None:
-                nonlocal added
-                for prompt, sample in queue:
-                    if stop is not None and stop.is_set():
-                        return
-                    begun = (beginnings or {}).get((prompt.id, sample))
+        async def work(endpoint: Endpoint) -> None:
+            nonlocal added
+            for prompt, sample in queue:
+                if unusable or (stop is not None and stop.is_set()):
+                    return
+                begun = (beginnings or {}).get((prompt.id, sample))
+                try:
                     row = await _sample_one(endpoint, prompt, sample, encoder, sampling, begun)
-                    write(row)
-                    progress.count(row)
-                    added += 1
+                except ValueError as error:
+                    unusable.append(error)
+                    return
+                write(row)
+                progress.count(row)
+                added += 1
 
-            await _run_all(work(endpoints[number % len(endpoints)]) for number in range(concurrency))
+        await _run_all(work(endpoints[number % len(endpoints)]) for number in range(concurrency))
+    if unusable:
+        raise unusable[0]
     return added
+
+
+def _check_url(url: str) -> None:
+    """Raises ValueError for what is no address of a server."""
+    name = "rollouts.engine_url / --engine-url"
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"{name}: {url!r} is no address ({error})") from None
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise ValueError(f"{name}: must be http://HOST:PORT, got {url!r}")
 
 
 def reserve_files(connections: int) -> None:
@@ -211,8 +236,15 @@ class _Progress:
 
 @contextmanager
 def _writer(path: Path) -> Iterator[Any]:
-    """A function that appends one row, unbuffered: what it returned from is in the file."""
+    """A function that appends one row, unbuffered: what it returned from is in the file.
+
+    Raises ValueError while another process has the file.
+    """
     with path.open("ab", buffering=0) as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path}: another process is writing to it") from None
 
         def write(row: dict[str, Any]) -> None:
             line = json.dumps(row).encode() + b"\n"
@@ -226,17 +258,12 @@ def _writer(path: Path) -> Iterator[Any]:
 
 
 def read_rollouts(path: Path) -> Iterable[dict[str, Any]]:
-    """Rows of a rollout file; a last line cut by a crash is left out and sampled again."""
-    with path.open(encoding="utf-8") as stream:
+    """Rows of a rollout file; a last line cut by a crash is left out and sampled again. Raises ValueError."""
+    with path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 return
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                row = None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: not a JSON object")
+            row = parse_object(line, f"{path}:{number}")
             for name in IDENTIFYING_FIELDS:
                 if name not in row:
                     raise ValueError(f"{path}:{number}: no field {name!r}: not a file of rollouts")
@@ -260,19 +287,35 @@ def _check_sampling(
             raise ValueError(f"{path}: holds rollouts sampled with {name} {known}, not {value}{advice}")
 
 
-def _completed(path: Path, fingerprint: str, sampling: Sampling) -> set[tuple[str, int]]:
-    """The completions in ``path``, after cutting off a last line that a crash left half written."""
-    if not path.exists():
-        return set()
+def _completed(
+    path: Path, prompts: Iterable[Prompt], encoder: PromptEncoder, sampling: Sampling
+) -> set[tuple[str, int]]:
+    """The completions in ``path``, after cutting off a last line that a crash left half written.
+
+    Raises ValueError unless they are of this tokenizer, of this sampling and, those of ``prompts``, of their texts.
+    """
     _cut_half_line(path)
+    by_id, encoder = {prompt.id: prompt for prompt in prompts}, CachedEncoder(encoder)
     done = set()
     for row in read_rollouts(path):
-        if row.get("tokenizer", fingerprint) != fingerprint:
+        if row.get("tokenizer", encoder.fingerprint) != encoder.fingerprint:
             raise ValueError(f"{path}: holds rollouts of another tokenizer; write to another file")
         _check_sampling(path, row, sampling)
-        if row["finish_reason"] != ABORTED:
-            done.add((row["prompt_id"], row["sample"]))
+        if row["finish_reason"] == ABORTED:
+            continue
+        if row["prompt_id"] in by_id:
+            _check_prompt(path, row, by_id[row["prompt_id"]], encoder)
+        done.add((row["prompt_id"], row["sample"]))
     return done
+
+
+def _check_prompt(path: Path, row: dict[str, Any], prompt: Prompt, encoder: PromptEncoder) -> None:
+    if "prompt_digest" in row:
+        same = row["prompt_digest"] == prompt.digest
+    else:
+        same = row.get("prompt_token_ids") == encoder.encode(prompt) and row.get("images", []) == prompt.images
+    if not same:
+        raise ValueError(f"{path}: prompt {prompt.id}: was another one when it was sampled; write to another file")
 
 
 def _cut_half_line(path: Path) -> None:
@@ -289,9 +332,22 @@ def _cut_half_line(path: Path) -> None:
 
 
 def prompt_token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """The prompt in the model's chat template, up to and including the start of the answer."""
-    encoded = tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, return_dict=True)
+    """The prompt in the model's chat template, up to and including the start of the answer.
+
+    Raises ValueError when the template refuses it.
+    """
+    with template_refusals(f"prompt {prompt.id}"):
+        encoded = tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, return_dict=True)
     return list(encoded["input_ids"])
+
+
+@contextmanager
+def template_refusals(name: str) -> Iterator[None]:
+    """A chat template that cannot write what is given to it raises ValueError, with ``name``."""
+    try:
+        yield
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"{name}: the chat template refuses it ({error})") from error
 
 
 async def _sample_one(
@@ -310,6 +366,7 @@ async def _sample_one(
         completion = await _go_on(endpoint, prompt.id, sampling, begun)
     row: dict[str, Any] = {
         "prompt_id": prompt.id,
+        "prompt_digest": prompt.digest,
         "domain": prompt.domain,
         "sample": sample,
         "prompt_token_ids": token_ids,
@@ -353,7 +410,7 @@ def read_beginnings(paths: Iterable[Path], fingerprint: str, sampling: Sampling)
             raise ValueError(f"{path}: no such file")
         for row in read_rollouts(path):
             key = (row["prompt_id"], row["sample"])
-            limit = row.get("sampling", {}).get("max_new_tokens", 0)
+            limit = row.get("sampling", {}).get("max_new_tokens", sampling.max_new_tokens)
             _check_sampling(path, row, replace(sampling, max_new_tokens=min(limit, sampling.max_new_tokens)), "")
             if row.get("tokenizer") != fingerprint:
                 raise ValueError(f"{path}: holds rollouts of another tokenizer")

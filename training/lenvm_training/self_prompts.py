@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lenvm_training.prompts import Prompt
-from lenvm_training.rollouts import FINISHED
+from lenvm_training.rollouts import FINISHED, template_refusals
 from lenvm_training.tokens import tokenizer_fingerprint
 
 MARKER = "LENVM-USER-TEXT"
@@ -21,7 +21,8 @@ class EmptyTurnEncoder:
     def __init__(self, tokenizer: Any) -> None:
         self.fingerprint = tokenizer_fingerprint(tokenizer)
         messages = [{"role": "user", "content": MARKER}]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        with template_refusals("a user turn alone"):
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         before, found, _ = text.partition(MARKER)
         if not found:
             raise ValueError("the chat template does not keep the user's text: self-made prompts need it")

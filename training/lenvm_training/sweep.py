@@ -6,9 +6,11 @@ Runs that are complete are not run again. Variants of heads share the states in 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +18,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from lenvm_training import plots
-from lenvm_training.config import ConfigError, Experiment, apply_overrides, build_experiment, load_yaml
+from lenvm_training.config import ConfigError, Experiment, apply_overrides, build_experiment, expand_home, load_yaml
 from lenvm_training.model_card import FIGURES_FILE
 
 SHOWN = ("tau", "mre", "mse")
@@ -44,7 +46,7 @@ class Sweep:
 def load_sweep(path: Path) -> Sweep:
     """Read a sweep file; ``base`` is relative to it. Raises ConfigError."""
     try:
-        sweep: Sweep = TypeAdapter(Sweep).validate_python(load_yaml(path))
+        sweep: Sweep = TypeAdapter(Sweep).validate_python(expand_home(load_yaml(path)))
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -74,13 +76,15 @@ def run_sweep(
 ) -> dict[str, dict[str, float]]:
     """``run`` (train and evaluate) what is not complete; writes table and plot, returns the figures by variant.
 
-    Raises ConfigError for a folder that holds a run of other settings.
+    Raises ConfigError for a folder that holds a run of other settings or rollouts, OSError for rollouts that cannot be
+    read.
     """
     results = {}
+    digest = cache(_file_digest)  # variants share their files
     for name, experiment in experiments.items():
         assert experiment.evaluation is not None
         path = Path(experiment.evaluation.out) / "evaluation.json"
-        _claim(path, experiment)
+        _claim(path, experiment, digest)
         if not path.exists():
             say(f"{sweep.name}: {name}")
             run(experiment)
@@ -89,14 +93,23 @@ def run_sweep(
     return results
 
 
-def _claim(evaluation: Path, experiment: Experiment) -> None:
-    """Keep the settings beside the evaluation to come; one that is there must be of the same."""
-    path = evaluation.with_name(SETTINGS_FILE)
-    settings = TypeAdapter(Experiment).dump_json(experiment, indent=2, include=DECISIVE).decode() + "\n"
-    if evaluation.exists() and not (path.exists() and path.read_text() == settings):
-        raise ConfigError(f"{evaluation}: is of other settings than the sweep's now ({path.name}); set another 'out'")
+def _file_digest(path: str) -> str:
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _claim(evaluation: Path, experiment: Experiment, digest: Callable[[str], str]) -> None:
+    """Keep settings and the files' digests beside the evaluation to come; one that is there must be of the same."""
+    path, data = evaluation.with_name(SETTINGS_FILE), experiment.data
+    settings = TypeAdapter(Experiment).dump_python(experiment, mode="json", include=DECISIVE)
+    files = {name: digest(name) for name in (*data.rollouts, *data.eval_rollouts)}
+    record = json.dumps({**settings, "files": files}, indent=2) + "\n"
+    if evaluation.exists() and not (path.exists() and path.read_text() == record):
+        raise ConfigError(
+            f"{evaluation}: is of other settings or rollouts than the sweep's now ({path.name}); set another 'out'"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(settings)
+    path.write_text(record)
 
 
 def _figures(evaluation: dict[str, Any]) -> dict[str, float]:
