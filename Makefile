@@ -44,4 +44,4 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_control.py $(BENCH_ARGS)
 
 demo-head: $(INSTALLED)
-	$(BIN)/lenvm with-engine -- sh training/demo_head.sh runs/demo-head
+	$(BIN)/lenvm with-engine -- sh training/demo_head.sh training/configs/demo-heads.yaml

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
 import shlex
-import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from lenvm_training import __main__ as steps_by_flags
 from lenvm_training import commands, endpoints, experiment_steps
 from local_engine import local_engine
 from tiny import make_rows, write_rows
@@ -208,30 +203,6 @@ def test_a_file_that_lost_its_end_is_sampled_to_its_end(tmp_path: Path, capsys: 
     assert rows[:-1] == whole[:-1]
     assert [rows[-1][name] for name in ("prompt_id", "sample")] == [whole[-1][name] for name in ("prompt_id", "sample")]
     assert run(f"train {config} training.max_steps=1") == 0
-
-
-@pytest.mark.usefixtures("files")
-def test_sampling_by_flags_that_is_stopped_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    async def until_stopped(*_: Any, stop: asyncio.Event) -> int:
-        os.kill(os.getpid(), signal.SIGINT)
-        await stop.wait()
-        return 3
-
-    monkeypatch.setattr(steps_by_flags, "sample_rollouts", until_stopped)
-    flags = "--prompts one_prompt.jsonl --out a.jsonl --model backbone --engine-url http://127.0.0.1:9"
-    assert steps_by_flags.main(["rollouts", *flags.split()]) == 130
-    assert "lenvm_training: stopped; run the same command again to go on" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("files")
-def test_two_files_whose_prompts_have_the_same_ids_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("words.jsonl").write_text('{"question": "w5"}\n')
-    flags = "--file a=words.jsonl:1 --file b=words.jsonl:1 --templates 0 --out out.jsonl"
-    assert steps_by_flags.main(["prompts", *flags.split()]) == 2
-    assert "--file: two prompts of the id 'words-0'" in capsys.readouterr().err
-    assert not Path("out.jsonl").exists()
 
 
 @pytest.mark.usefixtures("files", "no_waits")

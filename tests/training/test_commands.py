@@ -19,7 +19,6 @@ import yaml
 
 from lenvm_runtime import cli
 from lenvm_training import commands, experiment_steps, features
-from lenvm_training.__main__ import main as steps_by_flags
 from lenvm_training.tokens import tokenizer_fingerprint
 from local_engine import local_engine
 from tiny import make_backbone, make_rows, make_tokenizer, write_rows
@@ -100,16 +99,6 @@ def test_heads_on_frozen_states_are_trained_by_the_same_command(tmp_path: Path) 
     assert commands.evaluate([config]) == 0
     assert json.loads(Path("run/evaluation/evaluation.json").read_text())["served"]["all"]["mean_width"] > 0
     assert "## Prompt boundary by domain" in Path("head/README.md").read_text()
-
-
-def test_the_steps_by_flags_train_heads_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_backbone(tmp_path / "backbone")
-    write_rows(tmp_path / "rollouts.jsonl", make_rows(40, 0))
-    write_rows(tmp_path / "eval.jsonl", make_rows(12, 1, num_samples=6))
-    flags = "--rollouts rollouts.jsonl --eval-rollouts eval.jsonl --model backbone --work states --out head --epochs 2"
-    assert steps_by_flags(["train", *flags.split()]) == 0
-    assert (tmp_path / "head" / "candidate_head.safetensors").exists()
-    assert "boundary_tau" in json.loads(capsys.readouterr().out)
 
 
 def test_the_references_yaml_is_converted_and_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ import pytest
 from jinja2 import TemplateError
 
 from lenvm_training.endpoints import EngineError, PromptRefusedError, Retry, Sampling
-from lenvm_training.prompts import Prompt, PromptFileError, prompts_from_file, read_prompts, template_prompts
+from lenvm_training.prompts import Prompt, PromptFileError, read_prompts, template_prompts
 from lenvm_training.rollout_data import load_rollouts
 from lenvm_training.rollouts import (
     CachedEncoder,
@@ -563,16 +563,6 @@ def test_all_prompts_that_templates_have_can_be_drawn(domain: str, available: in
     assert len({prompt.text for prompt in template_prompts(available, domain, 0)}) == available
     with pytest.raises(ValueError, match=f"{domain} has {available} different prompts, {available + 1} are asked for"):
         template_prompts(available + 1, domain, 0)
-
-
-@pytest.mark.parametrize(
-    "line", [b"not json", b'{"other": 1}', b"[1]", b'{"question": "\xff"}', b'{"instruction": "a", "instances": "b"}']
-)
-def test_a_bad_file_of_questions_names_the_line(tmp_path: Path, line: bytes) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(b'{"question": "a"}\n' + line + b"\n")
-    with pytest.raises(PromptFileError, match=r"bad\.jsonl:2: "):
-        prompts_from_file(path, "math", 5, 0)
 
 
 def as_prompt(messages: Any, **fields: Any) -> bytes:

@@ -168,13 +168,6 @@ def read_prompts(path: Path) -> list[Prompt]:
     return list(prompts.values())
 
 
-def prompts_from_file(path: Path, domain: str, limit: int, seed: int) -> list[Prompt]:
-    """A random sample of a JSONL file with a ``question``, ``prompt`` or ``instruction`` (+ ``instances[0].input``)."""
-    texts = [_text_of(row, path, number) for number, row in _rows(path)]
-    chosen = random.Random(f"{seed}:{domain}:{path.name}").sample(range(len(texts)), min(limit, len(texts)))
-    return [_prompt(f"{path.stem}-{index}", domain, texts[index]) for index in chosen]
-
-
 def template_prompts(count: int, domain: str, seed: int) -> list[Prompt]:
     """``count`` different prompts of domain ``short_long`` or ``requested``, drawn from the templates.
 
@@ -207,19 +200,6 @@ def _num_texts(template: str) -> int:
 
 def _prompt(identifier: str, domain: str, text: str) -> Prompt:
     return Prompt(identifier, domain, [{"role": "user", "content": text}])
-
-
-def _text_of(row: dict[str, Any], path: Path, number: int) -> str:
-    if "question" in row:
-        return str(row["question"])
-    if "prompt" in row:
-        return str(row["prompt"])
-    if "instruction" in row:
-        instances = row.get("instances") or [{}]
-        if not isinstance(instances, list) or not isinstance(instances[0], dict):
-            raise PromptFileError(f"{path}:{number}: field 'instances' must be a list of objects")
-        return "\n\n".join(part for part in (str(row["instruction"]), str(instances[0].get("input", ""))) if part)
-    raise PromptFileError(f"{path}:{number}: no field 'question', 'prompt' or 'instruction'")
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
