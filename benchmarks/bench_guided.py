@@ -1,21 +1,22 @@
-"""What guided decoding costs: a separate LenVM, a candidate head, values alone, an idle plugin, over plain decoding.
+"""What guided decoding costs: a separate LenVM, a candidate head, values alone, over plain decoding.
 
-Every kind of run sends the same requests, forced to the same length. The engines run one after the other, so that
-large models fit on one GPU; the plain engine runs first and last, and its mean is what the others are divided by.
-Checked first on every engine: greedy tokens without control are the plain engine's, and values arrive where asked for.
+Every kind of run sends as many requests, forced to the same length, with prompts that are in no cache. The engines run
+one after the other, so that large models fit on one GPU; the plain engine runs first and last, and its mean is what the
+others are divided by. Rows without control are sampled from the whole vocabulary, for which no sampler sorts it.
+Checked first on every engine: greedy tokens without control are the plain engine's, values arrive where there is a
+LenVM, and control changes the distribution that is sampled from.
 
-    plain         no LenVM
-    idle          a head, and no request asks for values
-    values        a head: V of every token
+    plain         no LenVM; on a GPU stock SGLang, on a CPU with this project's attention and layers
+    values        a head: V of every token, which the engine computes whether it is asked for or not
     head          a head, every request under control (candidate head), top-k 5
     states        a separate LenVM, no request under control: one row a request and step
     k5, k15       a separate LenVM, every request under control, top-k 5 and 15
 
-``*_over_plain`` are ratios of wall-clock time (smaller is better), ``idle_plugin_over_stock`` of throughput (larger
-is better), ``*_step_ms`` wall clock over decode steps, ``*_PART_ms`` the mean host time of a part of the decode steps
-that held every request (`lenvm_runtime.step_times`; what is left of ``*_step_ms`` is scheduling and prefill).
-``host_syncs_per_step`` counts the operators in this project's part of a decode step that make the host wait for a
-device (`host_reads.py`).
+``*_over_plain`` are ratios of wall-clock time (smaller is better), ``idle_plugin_over_stock`` (a head) and
+``idle_lenvm_over_stock`` (a separate LenVM) of throughput without control (larger is better), ``*_step_ms`` wall clock
+over decode steps, ``*_PART_ms`` the mean host time of a part of the decode steps that held every request
+(`lenvm_runtime.step_times`; what is left of ``*_step_ms`` is scheduling and prefill). ``host_syncs_per_step`` counts
+the operators in this project's part of a decode step that make the host wait for a device (`host_reads.py`).
 
     python benchmarks/bench_guided.py [--quick] [--json FILE] [--model M --lenvm L --head H] [-- SGLANG ARGUMENTS]
 
@@ -40,6 +41,7 @@ from typing import Any
 
 import httpx
 
+from lenvm_runtime.config import WITHOUT_PLUGIN
 from lenvm_runtime.length_control import LengthControl, build_custom_params
 from lenvm_runtime.serve import NO_HEAD, ServeConfig, running_engine
 from lenvm_runtime.value_model.source import find_folder
@@ -47,22 +49,26 @@ from sample_lenvm import make_lenvm
 
 PROMPT_LEN = 48
 VOCABULARY = 40_000
+WHOLE_VOCABULARY = -1
 CONTROL = LengthControl("tilt", beta=-20.0)
+CHECKED_SEED = 30_000
+TOP_LOGPROBS = 20
+IMPOSSIBLE = -1e4
+MIN_EFFECT = 1e-3
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of run: the requests' control, top-k, and whether they ask for values."""
+    """One kind of run: the requests' control, and the number of candidates among which it chooses."""
 
     name: str
     control: LengthControl | None = None
-    top_k: int = 5
-    values: bool = True
+    top_k: int = WHOLE_VOCABULARY
 
 
 PLAIN = Kind("plain")
-HEAD_KINDS = (Kind("idle", values=False), Kind("values"), Kind("head", CONTROL))
-LENVM_KINDS = (Kind("states"), Kind("k5", CONTROL), Kind("k15", CONTROL, top_k=15))
+HEAD_KINDS = (Kind("values"), Kind("head", CONTROL, 5))
+LENVM_KINDS = (Kind("states"), Kind("k5", CONTROL, 5), Kind("k15", CONTROL, 15))
 
 
 Round = tuple[float, float]
@@ -135,6 +141,8 @@ def _new_folder(parent: Path) -> Path:
 
 def measure(chosen: Setting) -> dict[str, float]:
     """Rounds of every kind -> the figures."""
+    import torch
+
     os.environ["LENVM_STEP_TIMES"] = str(chosen.step_times)
     times: dict[str, list[Round]] = {}
     greedy: list[list[int]] = []
@@ -143,6 +151,8 @@ def measure(chosen: Setting) -> dict[str, float]:
         runs.append((chosen.head, HEAD_KINDS))
     runs += [(chosen.lenvm, LENVM_KINDS), (NO_HEAD, (PLAIN,))]
     for lenvm, kinds in runs:
+        if torch.cuda.is_available():
+            os.environ[WITHOUT_PLUGIN] = "1" if lenvm is NO_HEAD else "0"
         config = ServeConfig("127.0.0.1", 8000, chosen.model, lenvm, chosen.engine_arguments)
         with running_engine(config) as (_, url):
             asyncio.run(measure_engine(url, kinds, chosen, times, greedy))
@@ -160,8 +170,8 @@ async def measure_engine(
     ) as client:
         await check(client, url, kinds, greedy)
         for number in range(chosen.rounds + 1):
-            for kind in kinds:
-                taken = await run_round(client, url, number, kind, chosen)
+            for index, kind in enumerate(kinds):
+                taken = await run_round(client, url, number * len(kinds) + index, kind, chosen)
                 if number > 0:
                     times.setdefault(kind.name, []).append(taken)
                     rate = chosen.concurrency * chosen.num_tokens / len_s(taken)
@@ -169,12 +179,26 @@ async def measure_engine(
 
 
 async def check(client: httpx.AsyncClient, url: str, kinds: tuple[Kind, ...], greedy: list[list[int]]) -> None:
-    """Stop unless uncontrolled greedy tokens are the first engine's, and each has a value where there is a LenVM."""
-    result = await generate(client, url, 0, 24, Kind("check"), temperature=0.0)
+    """Stop unless greedy tokens are the first engine's, values come from LenVMs, and control acts on its candidates."""
+    result = await generate(client, url, CHECKED_SEED, 24, Kind("check"), temperature=0.0)
     greedy.append(result["output_ids"])
     assert greedy[-1] == greedy[0], "greedy tokens differ from the plain engine's"
     has_values = len(result["meta_info"].get("lenvm_value", [])) == 24
     assert has_values == (kinds != (PLAIN,)), "values are missing, or the plain engine has a LenVM"
+    for kind in (kind for kind in kinds if kind.control):
+        free = await next_token_logprobs(client, url, Kind("free", top_k=kind.top_k))
+        controlled = await next_token_logprobs(client, url, kind)
+        assert len(controlled) == kind.top_k, f"{kind.name}: not as many candidates as top-k"
+        logits = [logprob - free[token] for token, logprob in controlled.items()]
+        assert max(logits) - min(logits) > MIN_EFFECT, f"{kind.name}: control changes nothing"
+
+
+async def next_token_logprobs(client: httpx.AsyncClient, url: str, kind: Kind) -> dict[int, float]:
+    """The first token's candidates, by their log-probability."""
+    asked = {"return_logprob": True, "top_logprobs_num": TOP_LOGPROBS}
+    result = await generate(client, url, CHECKED_SEED, 1, kind, **asked)
+    (top,) = result["meta_info"]["output_top_logprobs"]
+    return {token: logprob for logprob, token, _ in top if logprob is not None and logprob > IMPOSSIBLE}
 
 
 async def run_round(client: httpx.AsyncClient, url: str, number: int, kind: Kind, chosen: Setting) -> Round:
@@ -188,18 +212,18 @@ async def run_round(client: httpx.AsyncClient, url: str, number: int, kind: Kind
 
 
 async def generate(
-    client: httpx.AsyncClient, url: str, seed: int, num_tokens: int, kind: Kind, temperature: float = 1.0
+    client: httpx.AsyncClient, url: str, seed: int, num_tokens: int, kind: Kind, temperature: float = 1.0, **asked: Any
 ) -> dict[str, Any]:
-    """One request with a prompt of its own; ``ignore_eos`` and the cap fix its length."""
+    """One request with a prompt of its own; ``ignore_eos`` and the cap fix its length. ``asked``: more fields."""
     prompt = [(seed * 7919 + position * 104_729) % VOCABULARY + 10 for position in range(PROMPT_LEN)]
     params: dict[str, Any] = {
         "temperature": temperature,
         "top_k": kind.top_k,
         "max_new_tokens": num_tokens,
         "ignore_eos": True,
-        "custom_params": build_custom_params(kind.control, kind.values),
+        "custom_params": build_custom_params(kind.control, values=True),
     }
-    response = await client.post(f"{url}/generate", json={"input_ids": prompt, "sampling_params": params})
+    response = await client.post(f"{url}/generate", json={"input_ids": prompt, "sampling_params": params, **asked})
     response.raise_for_status()
     result: dict[str, Any] = response.json()
     return result
@@ -235,11 +259,10 @@ def to_figures(seconds: dict[str, float], chosen: Setting) -> dict[str, float]:
         "lenvm_values_over_plain": "states",
     }
     figures = {key: seconds[name] / plain for key, name in ratios.items() if name in seconds}
-    if "idle" in seconds:
-        figures["idle_plugin_over_stock"] = plain / seconds["idle"]
-    figures["host_syncs_per_step"] = float(
-        sum(count_host_reads(device="cuda" if torch.cuda.is_available() else "cpu").values())
-    )
+    idle = {"idle_plugin_over_stock": "values", "idle_lenvm_over_stock": "states"}
+    figures |= {key: plain / seconds[name] for key, name in idle.items() if name in seconds}
+    device = "cuda" if torch.cuda.is_available() else "meta"  # which stands for an accelerator
+    figures["host_syncs_per_step"] = float(sum(count_host_reads(device=device).values()))
     for name, elapsed in seconds.items():
         figures[f"{name}_step_ms"] = 1000 * elapsed / chosen.num_tokens
         figures[f"{name}_tokens_per_s"] = chosen.concurrency * chosen.num_tokens / elapsed

@@ -56,8 +56,8 @@ async def measure(plain_url: str, head_url: str, rounds: int, num_tokens: int) -
         kinds = {"plain": (plain_url, None), "values": (head_url, None), "control": (head_url, num_tokens)}
         times = dict.fromkeys(kinds, 0.0)
         for number in range(rounds + 1):
-            for kind, (url, target) in kinds.items():
-                elapsed = await run_round(client, url, number, num_tokens, target)
+            for index, (kind, (url, target)) in enumerate(kinds.items()):  # each with prompts that no cache holds
+                elapsed = await run_round(client, url, number * len(kinds) + index, num_tokens, target)
                 if number > 0:  # the first round warms up
                     times[kind] += elapsed
                     print(f"round {number} {kind}: {CONCURRENCY * num_tokens / elapsed:.0f} tokens/s", file=sys.stderr)

@@ -18,7 +18,7 @@ WITHOUT_PLUGIN = "LENVM_WITHOUT_PLUGIN"
 class PluginConfig:
     """What the plugin does in this process.
 
-    * ``head`` (``LENVM_HEAD``): folder of a LenVM of any kind, or None: serve without values or control.
+    * ``head`` (``LENVM_HEAD``): folder of a LenVM of any kind, or None: without values, and control is refused.
     * ``step_times`` (``LENVM_STEP_TIMES``): file for the times of each step's parts, or None: they are not taken.
     """
 

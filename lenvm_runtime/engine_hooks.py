@@ -22,7 +22,7 @@ from lenvm_runtime.head_runner import HeadRunner
 from lenvm_runtime.input_values import QueryBatch, write_input_values
 from lenvm_runtime.length_control import LengthControl, ValueQuery
 from lenvm_runtime.response import CANDIDATES_KEY, PREDICTION_KEY, VALUE_KEY
-from lenvm_runtime.steering import DeviceRows, just_prefilled, last_token_ids, released
+from lenvm_runtime.steering import DeviceRows, last_token_ids, released
 
 _FEATURES_KEY = "lenvm_features"
 _RUNNER = "lenvm_head_runner"
@@ -146,9 +146,7 @@ def _prepare_sampling(runner: Any, logits_output: Any, forward_batch: Any) -> No
     features, slots = info[_FEATURES_KEY][:num_rows], forward_batch.req_pool_indices
     sampling_info.lenvm_step = HeadStep(head_runner, control, features, slots, last_token_ids(forward_batch))
     if forward_batch.forward_mode.is_extend():
-        generated = forward_batch.seq_lens - control.prompt_len
-        prefilled = just_prefilled(forward_batch, control)
-        head_runner.set_scaled_targets(features, control, slots, generated, prefilled)
+        head_runner.set_scaled_targets(features, control, slots, forward_batch.seq_lens - control.prompt_len)
 
 
 def _start_copies(result: Any, *_: Any, **__: Any) -> None:
@@ -163,13 +161,26 @@ def _build_control(_result: None, sampling_info: Any, batch: Any, _vocab_size: i
         tuple(ValueQuery.from_custom_params(req.sampling_params.custom_params) for req in reqs)
     )
     sampling_info.lenvm_control = ControlBatch.build(
-        [LengthControl.from_custom_params(req.sampling_params.custom_params) for req in reqs],
+        [_read_control(req) for req in reqs],
         [len(req.origin_input_ids) for req in reqs],
         [req.sampling_params.top_k for req in reqs],
         sampling_info.device,
         [req.sampling_params.ignore_eos for req in reqs],
         [req.sampling_params.stop_token_ids for req in reqs],
     )
+
+
+def _read_control(req: Any) -> LengthControl | None:
+    """The control of a request of SGLang's, which keeps the results of its steps when it is retracted.
+
+    Prefilled again, ``scale`` holds to the length that was predicted when the prompt was first read.
+    """
+    control = LengthControl.from_custom_params(req.sampling_params.custom_params)
+    predictions = (req.customized_info or {}).get(PREDICTION_KEY)
+    if control is None or not predictions:
+        return control
+    expected, _, _ = predictions[0]
+    return control.at_predicted_length(expected)
 
 
 def _filter_control(_result: None, sampling_info: Any, keep_indices: list[int], keep_indices_device: Tensor) -> None:

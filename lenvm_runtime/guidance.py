@@ -18,7 +18,7 @@ from lenvm_kernels.length_control import (
     solve_mean_tilt,
     steer_candidates,
 )
-from lenvm_kernels.value_bound import forbid_low_values
+from lenvm_kernels.value_bound import NO_MIN_VALUE, forbid_low_values
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,16 @@ class GuidedRows:
         """Rows that EOS is a candidate of whatever its chance: those of the natural strategy. bool [G]"""
         return (self.strategy == Strategy.NATURAL) & (self.mode < Mode.TILT)
 
+    @property
+    def is_met(self) -> Tensor:
+        """Rows with nothing left to ask for: the next token meets their lower bound, and no ``min_value`` holds."""
+        met = (self.mode == Mode.AT_LEAST) & (self.generated + 1 >= self.target)
+        return met & (self.min_value <= NO_MIN_VALUE)
+
     def needs_scoring(self, candidates: Candidates) -> Tensor:
         """Rows whose candidates have to be scored: bool [G]. The others are not steered."""
-        return needs_scoring(candidates.logprobs, self.mode, self.beta, self.entropy_threshold, self.min_value)
+        needed = needs_scoring(candidates.logprobs, self.mode, self.beta, self.entropy_threshold, self.min_value)
+        return needed & ~self.is_met
 
     def needs_steering(self, candidates: Candidates, values: Tensor) -> Tensor:
         """Rows to steer, once their candidates' ``values`` [G, C] are known: bool [G].

@@ -76,13 +76,11 @@ class HeadRunner:
         values = expected_value(logprobs, self.candidate_head.bin_lengths, self.config.gamma)
         return values.masked_fill((token_ids.unsqueeze(-1) == self.eos_token_ids).any(-1), 0.0)
 
-    def set_scaled_targets(
-        self, features: Tensor, control: ControlBatch, slots: Tensor, generated: Tensor, prefilled: Tensor
-    ) -> None:
-        """Rows just prefilled: target = generated + factor * predicted remaining length, per request slot."""
+    def set_scaled_targets(self, features: Tensor, control: ControlBatch, slots: Tensor, generated: Tensor) -> None:
+        """Of a prefill's rows, those at the end of their prompt: factor * predicted length, per request slot."""
         logprobs = self.candidate_head.state_logprobs(features)
         expected = expected_length(logprobs, self.candidate_head.bin_lengths)
-        self.scaled_targets.update(control, slots, generated, expected, prefilled)
+        self.scaled_targets.update(control, slots, generated, expected)
 
     def steer(
         self,

@@ -4,14 +4,15 @@ The only module that the gateway shares with the engine plugin. Standard library
 
 Wire form (SGLang's ``custom_params``, whose values may nest one level): ``{"lenvm": {"values": bool,
 "mode": ..., ...}}``, with the fields of the control beside ``values`` when there is one. A request for the
-values of its own prompt has ``{"lenvm": {"input_values": true, "candidates": [ids]}}`` (`ValueQuery`).
+values of its own prompt has ``{"lenvm": {"input_values": true, "candidates": [ids]}}`` (`ValueQuery`). A key that
+neither class reads is refused by one of them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 MODES = ("equal", "at_least", "at_most", "tilt", "scale", "target_mean")
@@ -47,6 +48,8 @@ _FIELDS = (
     "min_value",
     "max_mean_value",
 )
+_WIRE_FIELD = "custom_params.lenvm"
+_FIELDS_BESIDE_CONTROL = ("values", "input_values", "candidates")
 
 
 class LengthControlError(ValueError):
@@ -77,7 +80,7 @@ class LengthControl:
     """
 
     mode: str
-    target: int | None = None
+    target: float | None = None
     beta: float | None = None
     factor: float | None = None
     scaling: str | None = None
@@ -134,12 +137,15 @@ class LengthControl:
     @classmethod
     def from_custom_params(cls, custom_params: object) -> LengthControl | None:
         """Read the wire form. Raises LengthControlError on a malformed one."""
-        if not isinstance(custom_params, Mapping):
-            return None
-        lenvm = custom_params.get("lenvm")
-        if not isinstance(lenvm, Mapping) or "mode" not in lenvm:
-            return None
-        return cls.parse({key: value for key, value in lenvm.items() if key != "values"}, "custom_params.lenvm")
+        lenvm = _read_wire_form(custom_params)
+        fields = {key: value for key, value in lenvm.items() if key not in _FIELDS_BESIDE_CONTROL}
+        return None if not fields or lenvm.get("input_values") else cls.parse(fields, _WIRE_FIELD)
+
+    def at_predicted_length(self, length: float) -> LengthControl:
+        """``equal`` to the target of a ``scale`` control whose answer is predicted to be so long; other modes: self."""
+        if self.factor is None or self.mode != "scale":
+            return self
+        return replace(self, mode="equal", target=max(self.factor * length, 1.0), factor=None)
 
     def to_dict(self) -> dict[str, Any]:
         """The control as it is applied: only the fields of its mode."""
@@ -173,12 +179,17 @@ class ValueQuery:
     @classmethod
     def from_custom_params(cls, custom_params: object) -> ValueQuery | None:
         """Read the wire form; None where it asks for no input values. Raises LengthControlError on a malformed one."""
-        lenvm = custom_params.get("lenvm") if isinstance(custom_params, Mapping) else None
-        if not isinstance(lenvm, Mapping) or not lenvm.get("input_values"):
+        lenvm = _read_wire_form(custom_params)
+        if not lenvm.get("input_values"):
+            if "candidates" in lenvm:
+                raise LengthControlError(f"{_WIRE_FIELD}.candidates", "is read with 'input_values' only")
             return None
+        for key in lenvm:
+            if key not in _FIELDS_BESIDE_CONTROL:
+                raise LengthControlError(f"{_WIRE_FIELD}.{key}", "is not read with 'input_values'")
         ids = lenvm.get("candidates", [])
         if not isinstance(ids, list) or not all(isinstance(token, int) and token >= 0 for token in ids):
-            raise LengthControlError("custom_params.lenvm.candidates", "must be a list of token ids")
+            raise LengthControlError(f"{_WIRE_FIELD}.candidates", "must be a list of token ids")
         return cls(tuple(ids))
 
     def to_custom_params(self) -> dict[str, Any]:
@@ -193,8 +204,21 @@ def build_custom_params(control: LengthControl | None, values: bool) -> dict[str
 
 def wants_values(custom_params: object) -> bool:
     """Whether the chunks of a request in wire form carry values (true when it does not say)."""
+    values: bool = _read_wire_form(custom_params).get("values", True)
+    return values
+
+
+def _read_wire_form(custom_params: object) -> Mapping[str, Any]:
+    """The ``lenvm`` object of a request's ``custom_params``, empty without one."""
     lenvm = custom_params.get("lenvm") if isinstance(custom_params, Mapping) else None
-    return bool(lenvm.get("values", True)) if isinstance(lenvm, Mapping) else True
+    if lenvm is None:
+        return {}
+    if not isinstance(lenvm, Mapping):
+        raise LengthControlError(_WIRE_FIELD, "must be an object")
+    for key in ("values", "input_values"):
+        if not isinstance(lenvm.get(key, False), bool):
+            raise LengthControlError(f"{_WIRE_FIELD}.{key}", "must be true or false")
+    return lenvm
 
 
 def _check_parameters(raw: Mapping[str, Any], mode: str, field: str) -> str:

@@ -30,8 +30,7 @@ def _load(config: PluginConfig) -> None:
     _register_cpu_engine()
     tool_calls.register()
     grammar_errors.register()
-    if config.head is not None:
-        _register_lenvm(config.head)
+    _register_lenvm(config.head)
     if config.step_times is not None:
         from lenvm_runtime import step_times
 
@@ -40,10 +39,13 @@ def _load(config: PluginConfig) -> None:
         compat.register_sampler(backend, _create_sampler)
 
 
-def _register_lenvm(folder: Path) -> None:
-    """Register the hooks for the kind of LenVM in ``folder``."""
+def _register_lenvm(folder: Path | None) -> None:
+    """Register the hooks for the kind of LenVM in ``folder``, or those of an engine without one."""
     from lenvm_runtime import engine_hooks, response_hooks
 
+    if folder is None:
+        response_hooks.register_without_lenvm()
+        return
     compat.check_returned_logprobs()
     if find_kind(folder) is LenVMKind.HEAD:
         head = read_config(folder)

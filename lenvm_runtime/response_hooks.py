@@ -62,15 +62,28 @@ def register(gamma: float, max_length: int) -> None:
             obj.return_logprob, obj.logprob_start_len = True, 0
             events = original(manager, obj, *args)
             return _answer_queries(events, queries, _input_ids(obj.input_ids, len(queries)), gamma, max_length)
-        events = original(manager, obj, *args)
-        builder = getattr(obj, _BUILDER, None)
-        return events if builder is None else _observe_events(events, builder)
+        return _observe_events(original(manager, obj, *args), getattr(obj, _BUILDER, None))
 
     compat.around(compat.GENERATE, observe)
     for target in (compat.CHAT_STREAM, compat.COMPLETION_STREAM):
         compat.around(target, stream)
     for target in (compat.CHAT_RESPONSE, compat.COMPLETION_RESPONSE):
         compat.after(target, respond)
+
+
+def register_without_lenvm() -> None:
+    """Hook an engine that serves without a LenVM: it refuses what it could not do."""
+
+    def check(
+        original: Callable[..., AsyncGenerator[Any, None]], manager: Any, obj: Any, *args: Any
+    ) -> AsyncGenerator[Any, None]:
+        for params in _each(getattr(obj, "sampling_params", None)):
+            custom_params = params.get("custom_params")
+            if LengthControl.from_custom_params(custom_params) or ValueQuery.from_custom_params(custom_params):
+                raise LengthControlError("custom_params.lenvm", "this engine runs without a LenVM")
+        return original(manager, obj, *args)
+
+    compat.around(compat.GENERATE, check)
 
 
 def _each(sampling_params: Any) -> list[dict[str, Any]]:
@@ -130,7 +143,7 @@ async def _answer_queries(
     max_length: int,
 ) -> AsyncGenerator[Any, None]:
     async for event in events:
-        answers = event if isinstance(event, list) else [event]
+        answers = _answers(event)
         each = queries if len(queries) == len(answers) else queries * len(answers)
         ids = input_ids if len(input_ids) == len(answers) else input_ids * len(answers)
         for answer, query, given in zip(answers, each, ids, strict=True):
@@ -141,10 +154,20 @@ async def _answer_queries(
         yield event
 
 
-async def _observe_events(events: AsyncGenerator[Any, None], builder: ResponseBuilder) -> AsyncGenerator[Any, None]:
+async def _observe_events(
+    events: AsyncGenerator[Any, None], builder: ResponseBuilder | None
+) -> AsyncGenerator[Any, None]:
+    """Drops what SGLang gives every row of a batch that holds a value query."""
     async for event in events:
-        builder.observe(event.get("index", 0), event["meta_info"])
+        for answer in _answers(event):
+            answer["meta_info"].pop(CANDIDATES_KEY, None)
+        if builder is not None:
+            builder.observe(event.get("index", 0), event["meta_info"])
         yield event
+
+
+def _answers(event: Any) -> list[dict[str, Any]]:
+    return event if isinstance(event, list) else [event]
 
 
 async def _splice(chunks: AsyncGenerator[str, None], builder: ResponseBuilder) -> AsyncGenerator[str, None]:

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from lenvm_kernels.candidate_limits import limit_candidates
-from lenvm_kernels.candidates import Candidates, release_filters, scatter_candidates, select_candidates
+from lenvm_kernels.candidates import (
+    Candidates,
+    release_filters,
+    release_temperatures,
+    scatter_candidates,
+    select_candidates,
+)
 from lenvm_runtime import compat
 from lenvm_runtime.control_batch import ControlBatch
 from lenvm_runtime.guidance import GuidedRows
@@ -55,23 +61,18 @@ class ScaledTargets:
     def __init__(self, device: Any) -> None:
         self._targets = torch.ones(MAX_REQUEST_SLOTS, device=device)
 
-    def update(
-        self, control: ControlBatch, slots: Tensor, generated: Tensor, remaining: Tensor, prefilled: Tensor
-    ) -> None:
-        """Rows just ``prefilled``: target = generated + factor * predicted ``remaining`` length. All [rows]."""
-        targets = (generated + control.factor * remaining).clamp_min(1.0)
-        self._targets[slots] = torch.where(prefilled, targets, self._targets[slots])
+    def update(self, control: ControlBatch, slots: Tensor, generated: Tensor, remaining: Tensor) -> None:
+        """Of a prefill's rows, those at the end of their prompt: factor * predicted ``remaining`` length. All [rows].
+
+        The others are rows in a chunk before it, decode rows of a mixed batch, and rows prefilled again after a
+        retraction, whose target is in their control by then.
+        """
+        targets = (control.factor * remaining).clamp_min(1.0)
+        self._targets[slots] = torch.where(generated == 0, targets, self._targets[slots])
 
     def read(self, slots: Tensor) -> Tensor:
         """The targets at these request slots: [rows]."""
         return self._targets[slots]
-
-
-def just_prefilled(forward_batch: Any, control: ControlBatch) -> Tensor:
-    """Rows of an extend batch that were prefilled by it, unlike the decode rows of a mixed batch: [rows] bool."""
-    generated = forward_batch.seq_lens - control.prompt_len
-    prefilled: Tensor = (generated == 0) | (forward_batch.extend_seq_lens > 1)
-    return prefilled
 
 
 def last_token_ids(forward_batch: Any) -> Tensor:
@@ -132,14 +133,16 @@ def steer_rows(
         return part.new_full((len(logits), *part.shape[1:]), other).index_copy(0, rows, part)
 
     rewritten = spread(guided.needs_steering(candidates, values), False)
-    scatter_candidates(logits, spread(candidates.ids, 0), spread(steered, -torch.inf), sampling.temperatures, rewritten)
+    temperatures = release_temperatures(sampling.temperatures, sampling.top_ks, rewritten)
+    scatter_candidates(logits, spread(candidates.ids, 0), spread(steered, -torch.inf), temperatures, rewritten)
     return rewritten
 
 
 def released(sampling: Any, steered: Tensor) -> Any:
     """A copy of SGLang's SamplingBatchInfo whose filters leave ``steered`` rows alone (bool [rows]).
 
-    Their filters were applied before steering.
+    Their filters were applied before steering; greedy ones are sampled at the temperature 1 that they are steered at.
     """
+    temperatures = release_temperatures(sampling.temperatures, sampling.top_ks, steered)
     top_ks, top_ps, min_ps = release_filters(sampling.top_ks, sampling.top_ps, sampling.min_ps, steered)
-    return dataclasses.replace(sampling, top_ks=top_ks, top_ps=top_ps, min_ps=min_ps)
+    return dataclasses.replace(sampling, temperatures=temperatures, top_ks=top_ks, top_ps=top_ps, min_ps=min_ps)

@@ -14,7 +14,8 @@ TOP_K_ALL = 1 << 30
 NO_TOKEN = -1
 """In place of an EOS id, where rows have different numbers of them."""
 BANNED_BELOW = 60.0
-"""Logits that models give EOS lie at most about 25 below the greatest; OpenAI's logit_bias of -100 is a ban."""
+"""A logit so far below the row's greatest is banned (a chance of 1e-26 at temperature 1): OpenAI's logit_bias of -100
+is a ban, one of 100 bans the others. The logits that models give EOS lie at most about 25 below the greatest."""
 
 CHUNK = 128
 
@@ -52,7 +53,7 @@ def select_candidates(
     In exempt rows EOS ids pass K and the filters whatever their chance: they keep their true p(EOS) beside the
     others' p before the whole set is renormalised, so that an answer can end where the model gives it a chance
     at all. In other rows EOS is a candidate like any token. Tokens with logit -inf (a grammar's mask) never are,
-    nor is an EOS id that a bias has put BANNED_BELOW under the greatest logit.
+    nor are those, EOS or not, that a bias has put BANNED_BELOW under the greatest logit: steering could prefer them.
 
     Greedy rows (top_k <= 1, as SGLang marks them) get the K likeliest tokens at temperature 1, without
     top-p and min-p, which greedy decoding ignores: take the argmax after steering.
@@ -66,15 +67,11 @@ def select_candidates(
     eos_ids = eos_token_ids.expand(logits.shape[0], -1)  # [B, E]
     is_eos = top_ids.unsqueeze(-1) == eos_ids.unsqueeze(1)  # [B, K, E]
     eos_passes = exempt_eos.unsqueeze(-1) | (is_eos & keep.unsqueeze(-1)).any(1)  # [B, E]
-    keep &= ~is_eos.any(-1)
-    top_logprobs = top_logprobs.masked_fill(~keep, -torch.inf)
+    keep = torch.cat([keep & ~is_eos.any(-1), eos_passes & (eos_ids != NO_TOKEN)], dim=-1)  # [B, K + E]
 
-    eos_passes &= eos_ids != NO_TOKEN
-    eos_ids = eos_ids.clamp(min=0)
-    ids = torch.cat([top_ids, eos_ids], dim=-1)
-    eos_passes &= logits.gather(1, eos_ids) > logits.gather(1, top_ids[:, :1]) - BANNED_BELOW
-    eos_logprobs = logprobs.gather(1, eos_ids).masked_fill(~eos_passes, -torch.inf)
-    weights = torch.cat([top_logprobs, eos_logprobs], dim=-1)
+    ids = torch.cat([top_ids, eos_ids.clamp(min=0)], dim=-1)
+    keep &= logits.gather(1, ids) > logits.gather(1, top_ids[:, :1]) - BANNED_BELOW
+    weights = logprobs.gather(1, ids).masked_fill(~keep, -torch.inf)
     eos_mask = torch.arange(ids.shape[1], device=ids.device) >= max_candidates
     return Candidates(ids, torch.log_softmax(weights, dim=-1), eos_mask.expand_as(ids))
 
@@ -125,6 +122,15 @@ def scatter_candidates(
     rows = (steered_logprobs * temperatures.view(-1, 1)).masked_fill(~guided, -torch.inf)  # [B, C]
     logits.masked_fill_(guided, -torch.inf)
     logits.scatter_reduce_(1, candidate_ids, rows.to(logits.dtype), "amax")
+
+
+def release_temperatures(temperatures: torch.Tensor, top_ks: torch.Tensor, guided: torch.Tensor) -> torch.Tensor:
+    """New temperatures, of the same shape: 1 in greedy guided rows (top_k <= 1), whose draw ignores theirs.
+
+    temperatures [B] or [B, 1]; top_ks [B] int; guided [B] bool. SGLang divides logits by them unless all rows are
+    greedy: at 1 the log-probabilities of such a row do not depend on the others.
+    """
+    return temperatures.masked_fill((guided & (top_ks <= 1)).view_as(temperatures), 1.0)
 
 
 def release_filters(

@@ -56,13 +56,14 @@ class ValueModelHooks:
 
     def _load(self, _result: None, scheduler: Any) -> None:
         from lenvm_runtime.value_model.runner import ValueModelRunner
-        from lenvm_runtime.value_model.step import ValueGuide
+        from lenvm_runtime.value_model.step import MAX_ROWS, ValueGuide
 
         target = compat.target_runner(scheduler)
         with compat.random_state_kept(target):  # the served model's tokens for a seed stay stock SGLang's
             runner = ValueModelRunner(self._source, target)
         closing = closing_tokens(compat.token_texts(target.server_args.tokenizer_path), target.model_config.vocab_size)
-        self._guide = ValueGuide(runner, compat.eos_token_ids(scheduler), closing, self._max_length)
+        max_rows = max(target.server_args.chunked_prefill_size, MAX_ROWS)
+        self._guide = ValueGuide(runner, compat.eos_token_ids(scheduler), closing, self._max_length, max_rows)
 
     def _count_kv_bytes(self, cell_size: int, _configurator: Any, _kvc: Any, _num_layers: int) -> int:
         assert self._guide is not None

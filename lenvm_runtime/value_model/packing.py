@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -73,6 +75,17 @@ def pack_step(
         kv_lens=kv_lens,
         q_starts=q_starts,
     )
+
+
+def split_requests(max_candidates: Sequence[int], max_rows: int) -> list[slice]:
+    """Cut requests of at most so many candidates each into runs of at most ``max_rows`` rows, or of one request."""
+    cuts, num_rows = [0], 0
+    for request, count in enumerate(max_candidates):
+        num_rows += 1 + count
+        if num_rows > max_rows and request > cuts[-1]:
+            cuts.append(request)
+            num_rows = 1 + count
+    return [slice(*run) for run in pairwise([*cuts, len(max_candidates)]) if max_candidates]
 
 
 def read_candidates(values: Tensor, rows: StepRows, scored: Tensor) -> Tensor:

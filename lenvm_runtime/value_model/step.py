@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from lenvm_kernels.candidates import Candidates
-from lenvm_kernels.length_control import Mode
 from lenvm_kernels.length_distribution import expected_length, quantile_length
 from lenvm_kernels.length_value import bin_lengths
-from lenvm_kernels.value_bound import NO_MIN_VALUE
 from lenvm_kernels.value_distribution import build_value_table, distribution_from_value
 from lenvm_runtime.control_batch import ControlBatch
 from lenvm_runtime.guidance import GuidedRows
@@ -23,30 +21,40 @@ from lenvm_runtime.response import CANDIDATES_KEY, PREDICTION_KEY, VALUE_KEY
 from lenvm_runtime.steering import (
     DeviceRows,
     ScaledTargets,
-    just_prefilled,
     last_slots,
     last_token_ids,
     released,
     steer_rows,
 )
-from lenvm_runtime.value_model.packing import StepRows, pack_step, read_candidates
+from lenvm_runtime.value_model.packing import StepRows, pack_step, read_candidates, split_requests
 from lenvm_runtime.value_model.runner import ValueModelRunner
+from lenvm_runtime.value_model.step_graphs import NUM_ROWS
 
 NUM_BINS = 64
+MAX_ROWS = NUM_ROWS[-1]
+"""Of one forward of a step, whose activations need memory, unless prefills are larger."""
 
 
 class ValueGuide:
     """The value model of a process and what turns its values into guidance. No state but scaled targets.
+
+    ``max_rows``: the most rows of one forward of a step, unless a single request has more.
 
     The natural strategy and the prediction need a distribution of the remaining length: that of
     `lenvm_kernels.value_distribution`, whose mean value is the model's and whose spread is assumed.
     """
 
     def __init__(
-        self, runner: ValueModelRunner, eos_token_ids: Sequence[int], closing_tokens: Tensor, max_length: int
+        self,
+        runner: ValueModelRunner,
+        eos_token_ids: Sequence[int],
+        closing_tokens: Tensor,
+        max_length: int,
+        max_rows: int = MAX_ROWS,
     ) -> None:
         device = runner.device
         self.runner = runner
+        self.max_rows = max_rows
         self.gamma = runner.source.gamma
         self.eos_token_ids = torch.tensor(list(eos_token_ids), dtype=torch.int64, device=device)
         self.closing_tokens = closing_tokens.to(device)  # [vocab] bool
@@ -115,8 +123,7 @@ class ValueStep:
         scored = asked & (ids.unsqueeze(-1) != self.guide.eos_token_ids).all(-1)
         if ids.numel():
             every = torch.arange(len(ids), device=ids.device)
-            rows = self._pack(every, every, ids, scored, ids.numel())
-            answers[CANDIDATES_KEY] = DeviceRows(read_candidates(self.guide.runner.step(rows), rows, scored))
+            answers[CANDIDATES_KEY] = DeviceRows(self._score(every, ids, scored, [ids.shape[1]] * len(ids)))
         return answers
 
     def _steer(self, control: ControlBatch, logits: Tensor, sampling: Any, positions: Tensor) -> Tensor:
@@ -124,7 +131,7 @@ class ValueStep:
         generated = positions + 1 - control.prompt_len
         if self.state_values is not None:
             remaining = guide.expected_lengths(self.state_values)
-            guide.scaled_targets.update(control, slots, generated, remaining, just_prefilled(self.batch, control))
+            guide.scaled_targets.update(control, slots, generated, remaining)
         guided = control.guided_rows(
             generated, guide.scaled_targets.read(slots), last_token_ids(self.batch), guide.closing_tokens
         )
@@ -136,23 +143,42 @@ class ValueStep:
 
         return steer_rows(logits, control, guided, sampling, guide.eos_token_ids, reweigh)
 
-    def _run_states(self) -> None:
-        nothing = torch.empty(0, 1, dtype=torch.int64, device=self.batch.input_ids.device)
-        self._run_candidates(nothing[:, 0], nothing, nothing.bool())
-
     def _run_candidates(self, guided: Tensor, candidate_ids: Tensor, scored: Tensor) -> Tensor:
         """V of the guided rows' candidates [G, C], and of every row's state where that is still to be run."""
+        if self.state_values is None:
+            max_rows = self._max_candidate_rows(scored)
+            if len(self.batch.seq_lens) + max_rows <= self.guide.max_rows:
+                return self._run_with_states(guided, candidate_ids, scored, max_rows)
+            self._run_states()
+        return self._score(guided, candidate_ids, scored, self._max_candidates(scored))
+
+    def _run_states(self) -> None:
+        nothing = torch.empty(0, 1, dtype=torch.int64, device=self.batch.input_ids.device)
+        self._run_with_states(nothing[:, 0], nothing, nothing.bool(), 0)
+
+    def _run_with_states(self, guided: Tensor, candidate_ids: Tensor, scored: Tensor, max_rows: int) -> Tensor:
+        """V of the candidates [G, C], in one forward with every row's state."""
         every = torch.arange(len(self.batch.seq_lens), device=guided.device)
-        max_rows = self._max_candidate_rows(scored)
-        if self.prefilled and not max_rows:
-            return torch.zeros_like(scored, dtype=torch.float32)
-        if self.prefilled:  # only guided rows take part
-            rows = self._pack(guided, every[: len(guided)], candidate_ids, scored, max_rows)
-            return read_candidates(self.guide.runner.step(rows), rows, scored)
         rows = self._pack(every, guided, candidate_ids, scored, max_rows)
         values = self.guide.runner.step(rows)
         self.state_values = values[rows.first_rows]
         return read_candidates(values, rows, scored)
+
+    def _score(self, requests: Tensor, candidate_ids: Tensor, scored: Tensor, max_candidates: Sequence[int]) -> Tensor:
+        """V of the candidates [G, C] of these requests [G], whose states run once more.
+
+        In as many forwards as it takes for none to have more than the guide's ``max_rows`` rows.
+        """
+        parts = [torch.zeros_like(scored[:0], dtype=torch.float32)]
+        for part in split_requests(max_candidates, self.guide.max_rows):
+            chosen, num_rows = scored[part], sum(max_candidates[part])
+            if not num_rows:
+                parts.append(torch.zeros_like(chosen, dtype=torch.float32))
+                continue
+            every = torch.arange(len(chosen), device=chosen.device)
+            rows = self._pack(requests[part], every, candidate_ids[part], chosen, num_rows)
+            parts.append(read_candidates(self.guide.runner.step(rows), rows, chosen))
+        return torch.cat(parts)
 
     def _pack(
         self, taking_part: Tensor, guided: Tensor, candidate_ids: Tensor, scored: Tensor, max_rows: int
@@ -170,20 +196,23 @@ class ValueStep:
         )
 
     def _max_candidate_rows(self, scored: Tensor) -> int:
-        """A bound on the candidates to score: on a CPU their number, elsewhere what the host knows without asking."""
-        if self.control is None:
-            return 0
-        return int(scored.sum()) if scored.device.type == "cpu" else sum(self.control.max_candidates)
+        """A bound on the candidates to score."""
+        return sum(self._max_candidates(scored))
+
+    def _max_candidates(self, scored: Tensor) -> list[int]:
+        """The same of each guided row: on a CPU their number, elsewhere what the host knows without asking."""
+        if scored.device.type == "cpu":
+            counts: list[int] = scored.sum(1).tolist()
+            return counts
+        assert self.control is not None
+        return [number for number in self.control.max_candidates if number]
 
 
 def scored_candidates(candidates: Candidates, guided: GuidedRows) -> Tensor:
     """Which candidates need the value of their next state: bool [G, C].
 
-    Those of the rows that need scoring, but no EOS, whose value is 0; none of a row whose lower bound is met (and that
-    has no ``min_value``), or whose prompt is still being read in chunks (``generated`` < 0: its sampled token is
-    dropped).
+    Those of the rows that need scoring, but no EOS, whose value is 0; none of a row whose prompt is still being read in
+    chunks (``generated`` < 0: its sampled token is dropped).
     """
-    met = (guided.mode == Mode.AT_LEAST) & (guided.generated + 1 >= guided.target)
-    met &= guided.min_value <= NO_MIN_VALUE
-    row_needs = guided.needs_scoring(candidates) & ~met & (guided.generated >= 0)
+    row_needs = guided.needs_scoring(candidates) & (guided.generated >= 0)
     return (candidates.logprobs > -torch.inf) & ~candidates.eos_mask & row_needs.unsqueeze(1)

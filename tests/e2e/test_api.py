@@ -158,10 +158,14 @@ def test_bad_fields_are_named(client: openai.OpenAI, model_name: str, extra: dic
     assert field in caught.value.body["param"]
 
 
-def test_the_engine_itself_refuses_a_malformed_control(stack: Stack) -> None:
-    custom = {"lenvm": {"mode": "equal"}}
-    body = {"text": "Hi", "sampling_params": {"max_new_tokens": 4, "custom_params": custom}}
+@pytest.mark.parametrize("lenvm", [{"mode": "equal"}, {"target": 40}, {"mod": "equal"}, {"candidates": [3]}])
+def test_the_engine_itself_refuses_a_malformed_control(stack: Stack, lenvm: dict[str, Any]) -> None:
+    custom = {"custom_params": {"lenvm": lenvm}}
+    body = {"text": "Hi", "sampling_params": {"max_new_tokens": 4, **custom}}
     assert httpx.post(f"{stack.engine_url}/generate", json=body, timeout=60).status_code == 400
+    for stream in (False, True):
+        chat = {"model": "x", "messages": QUESTION, "max_tokens": 4, "stream": stream, **custom}
+        assert httpx.post(f"{stack.engine_url}/v1/chat/completions", json=chat, timeout=60).status_code == 400
     assert httpx.get(f"{stack.engine_url}/health", timeout=60).status_code == 200
 
 

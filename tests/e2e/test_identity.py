@@ -35,6 +35,8 @@ def answers(head: Path | None, custom_params: list[dict[str, Any] | None]) -> li
             sampling = {"max_new_tokens": 24, "ignore_eos": True, "custom_params": custom, **parameters}
             body = {"text": "The history of bread begins", "sampling_params": sampling}
             outputs.append(httpx.post(f"{url}/generate", json=body, timeout=120).json()["output_ids"])
+        body = {"text": "Bread", "sampling_params": {"max_new_tokens": 1, "custom_params": SAME_MEAN}}
+        assert httpx.post(f"{url}/generate", json=body, timeout=120).status_code == (400 if head == NO_HEAD else 200)
         return outputs
 
 

@@ -80,7 +80,7 @@ async def test_an_ordinary_request_beside_a_query_keeps_its_own_input_logprobs(s
     ordinary = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
     ordinary |= {"return_logprob": True, "logprob_start_len": 0}
     query = {"input_ids": prompt[:17]}
-    query |= {"sampling_params": {"max_new_tokens": 1, "custom_params": ValueQuery().to_custom_params()}}
+    query |= {"sampling_params": {"max_new_tokens": 1, "custom_params": ValueQuery((3,)).to_custom_params()}}
     async with httpx.AsyncClient(base_url=stack.engine_url, timeout=300) as client:
         alone = (await client.post("/generate", json=ordinary)).json()
         bodies = (query, ordinary, query, ordinary)
@@ -89,6 +89,7 @@ async def test_an_ordinary_request_beside_a_query_keeps_its_own_input_logprobs(s
     for answer in answers[1::2]:
         found = [entry[0] for entry in answer.json()["meta_info"]["input_token_logprobs"][1:]]
         assert found == pytest.approx(expected, abs=0.3)  # bf16 logits of other batch shapes
+        assert "lenvm_candidate_values" not in answer.json()["meta_info"]
     for answer in answers[::2]:
         assert "input_token_logprobs" not in answer.json()["meta_info"]
         assert all(-1 < value <= 0 for value in answer.json()["lenvm"]["values"])

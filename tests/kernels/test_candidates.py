@@ -10,11 +10,13 @@ import torch
 from scipy import stats
 
 from lenvm_kernels.candidates import (
+    BANNED_BELOW,
     CHUNK,
     TOP_K_ALL,
     Candidates,
     likeliest_tokens,
     release_filters,
+    release_temperatures,
     scatter_candidates,
     select_candidates,
 )
@@ -28,6 +30,7 @@ def make_batch(num_rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(num_rows, VOCAB, generator=generator)
     logits[2::5, ::3] = -torch.inf
+    logits[::2, 1::2] -= 100.0  # a bias that bans
     return {
         "logits": logits,
         "temperatures": torch.tensor([1.0, 0.7, 1.3])[torch.arange(num_rows) % 3].unsqueeze(1),
@@ -47,16 +50,17 @@ def expected_row(row: dict[str, Any], max_candidates: int) -> dict[int, float]:
     greedy = row["top_ks"] <= 1
     temperature = 1.0 if greedy else row["temperatures"].item()
     probs = torch.softmax(row["logits"].double() / temperature, -1).tolist()
+    banned = (row["logits"] <= row["logits"].max() - BANNED_BELOW).tolist()
     chosen: dict[int, float] = {}
     mass = 0.0
     ranked = sorted(range(VOCAB), key=lambda token: -probs[token])
     for rank, token in enumerate(ranked[:max_candidates]):
         passes = rank < row["top_ks"] and mass <= row["top_ps"] and probs[token] >= row["min_ps"] * probs[ranked[0]]
         mass += probs[token]
-        if probs[token] > 0 and (greedy or passes):
+        if not banned[token] and (greedy or passes):
             chosen[token] = probs[token]
     if row["exempt_eos"]:
-        chosen |= {token: probs[token] for token in EOS.tolist() if probs[token] > 0}
+        chosen |= {token: probs[token] for token in EOS.tolist() if not banned[token]}
     return {token: math.log(p / sum(chosen.values())) for token, p in chosen.items()}
 
 
@@ -195,3 +199,27 @@ def test_an_eos_that_a_bias_bans_is_no_candidate() -> None:
     batch["logits"][:, EOS] = torch.tensor([[-100.0, 0.0], [-40.0, 0.0], [-100.0, -100.0]])
     _, logprobs, eos_mask = select(batch, 33)
     assert (logprobs[eos_mask].view(3, 2) > -torch.inf).tolist() == [[False, True], [True, True], [False, False]]
+
+
+@pytest.mark.parametrize("biases", [{7: -100.0}, {5: 100.0, 6: 100.0}], ids=["banned", "allowed"])
+def test_a_token_that_a_bias_bans_is_no_candidate(biases: dict[int, float]) -> None:
+    """A grammar leaves three tokens and EOS; a biased row beside one without a bias, each sampled and greedy."""
+    batch = make_batch(4) | {"exempt_eos": torch.ones(4, dtype=torch.bool), "min_ps": torch.zeros(4)}
+    batch |= {"top_ks": torch.tensor([TOP_K_ALL, TOP_K_ALL, 1, 1]), "top_ps": torch.ones(4)}
+    batch["logits"] = torch.full((4, VOCAB), -torch.inf)
+    batch["logits"][:, [3, 5, 6, 7]] = torch.tensor([-9.0, 1.0, 0.0, 2.0])
+    for token, bias in biases.items():
+        batch["logits"][::2, token] += bias
+    ids, logprobs, _ = select(batch, 33)
+    found = [set(row[chosen].tolist()) for row, chosen in zip(ids, logprobs > -torch.inf, strict=True)]
+    biased = {3, 5, 6} if 7 in biases else {5, 6}
+    assert found == [biased, {3, 5, 6, 7}] * 2
+
+
+def test_greedy_guided_rows_are_sampled_at_temperature_1() -> None:
+    batch = make_batch(4) | {"top_ks": torch.tensor([1, 1, TOP_K_ALL, 1])}
+    batch["temperatures"] = torch.tensor([[0.5], [0.5], [0.5], [1.0]])
+    guided = torch.tensor([True, False, True, True])
+    kept = batch["temperatures"].clone()
+    assert release_temperatures(batch["temperatures"], batch["top_ks"], guided).tolist() == [[1.0], [0.5], [0.5], [1.0]]
+    assert torch.equal(batch["temperatures"], kept)

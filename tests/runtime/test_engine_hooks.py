@@ -1,4 +1,4 @@
-"""What our hooks do around CUDA graphs and streams, whose order a CPU does not have."""
+"""What our hooks do around CUDA graphs and streams, whose order a CPU does not have, and around retractions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput  # noqa: E4
 from sglang.srt.model_executor.forward_batch_info import ForwardMode  # noqa: E402
 from sglang.srt.model_executor.runner.prefill_cuda_graph_runner import PrefillCudaGraphRunner  # noqa: E402
 
+from lenvm_kernels.length_control import Mode, Strategy  # noqa: E402
+from lenvm_kernels.value_bound import NO_MIN_VALUE  # noqa: E402
 from lenvm_runtime import compat, engine_hooks  # noqa: E402
-from lenvm_runtime.response import VALUE_KEY  # noqa: E402
+from lenvm_runtime.length_control import LengthControl, build_custom_params  # noqa: E402
+from lenvm_runtime.response import PREDICTION_KEY, VALUE_KEY  # noqa: E402
 from lenvm_runtime.value_model.hooks import ValueModelHooks  # noqa: E402
 
 
@@ -64,3 +67,33 @@ def test_the_request_table_is_held_until_the_value_model_has_run() -> None:
     scheduler.device = "cpu"
     compat.hold_request_table_of_delayed_sample(None, scheduler, None, None)
     assert waited == ["forward"]
+
+
+def request(control: LengthControl, predictions: list[list[float]] | None) -> Any:
+    """What `_build_control` reads of a request of SGLang's, whose results so far hold these predictions."""
+    params = build_custom_params(control, values=True)
+    sampling = SimpleNamespace(custom_params=params, top_k=-1, ignore_eos=False, stop_token_ids=None)
+    info = None if predictions is None else {VALUE_KEY: [-0.5], PREDICTION_KEY: predictions}
+    return SimpleNamespace(sampling_params=sampling, origin_input_ids=[5, 6], customized_info=info)
+
+
+def test_a_retracted_scale_row_keeps_the_target_of_its_first_prefill() -> None:
+    """SGLang keeps a request's results over a retraction, and builds its row anew when it is prefilled again."""
+    scale = LengthControl("scale", factor=0.5, strategy="hard", min_value=-0.25)
+    first = [[81.0, 9.0, 300.0]]
+    reqs = [
+        request(scale, first),
+        request(scale, [*first, [7.0, 1.0, 9.0]]),  # retracted twice
+        request(scale, [[0.5, 1.0, 1.0]]),
+        request(scale, None),
+        request(LengthControl("target_mean", factor=0.5, scaling="length"), first),
+    ]
+    info = SimpleNamespace(device="cpu")
+    engine_hooks._build_control(None, info, SimpleNamespace(reqs=reqs), 96)
+    generated, slot_targets = torch.ones(5), torch.full((5,), 999.0)  # left in the slots by other requests
+    no_closing = torch.zeros(5, dtype=torch.int64), torch.zeros(96, dtype=torch.bool)
+    rows = info.lenvm_control.guided_rows(generated, slot_targets, *no_closing)
+    assert rows.target.tolist() == [40.5, 40.5, 1.0, 999.0, 1.0]
+    assert rows.mode.tolist() == [Mode.EQUAL] * 4 + [Mode.MEAN_LENGTH_FACTOR]
+    assert rows.strategy.tolist() == [Strategy.HARD] * 4 + [Strategy.NATURAL]
+    assert rows.min_value.tolist() == [-0.25] * 4 + [NO_MIN_VALUE]

@@ -188,3 +188,18 @@ def test_a_row_with_a_least_value_is_the_row_whose_low_candidates_were_masked(co
         )
         bounded = left.any(-1)
         torch.testing.assert_close(steered.exp()[bounded], expected[bounded])
+
+
+def test_a_lower_bound_that_is_met_steers_no_more_unless_a_least_value_does() -> None:
+    candidates, values = make_step(3)
+    plain = guided_rows([LengthControl("tilt", beta=8.0)] * 3).needs_steering(candidates, values)
+    assert plain.any()
+    for strategy in ("natural", "hard"):
+        for target, bound, expected in (
+            (GENERATED + 2, None, plain),
+            (GENERATED + 1, None, plain & False),  # the token to be sampled may be the last one
+            (5, None, plain & False),
+            (5, -0.12, plain),
+        ):
+            control = LengthControl("at_least", target=target, strategy=strategy, min_value=bound)
+            assert torch.equal(guided_rows([control] * 3).needs_steering(candidates, values), expected)

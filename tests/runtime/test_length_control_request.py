@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lenvm_runtime.length_control import (
     LengthControl,
     LengthControlError,
+    ValueQuery,
     build_custom_params,
     check_sampling,
     wants_values,
@@ -51,6 +52,34 @@ def test_a_request_without_control_has_none_on_the_wire() -> None:
     assert wire == {"lenvm": {"values": True}}
     assert LengthControl.from_custom_params(wire) is None
     assert LengthControl.from_custom_params(None) is None
+
+
+@pytest.mark.parametrize(
+    ("lenvm", "field"),
+    [
+        ({"target": 40}, "mode"),
+        ({"values": False, "strategy": "hard"}, "mode"),
+        ({"mod": "equal", "target": 40}, "mod"),
+        ({"mode": "equal", "target": 40, "input_values": True}, "mode"),
+        ({"candidates": [3]}, "candidates"),
+        ({"input_values": False, "candidates": [3]}, "candidates"),
+        ({"input_values": True, "candidate": [3]}, "candidate"),
+        ({"input_values": "yes"}, "input_values"),
+        ({"values": "no"}, "values"),
+        ([], None),
+    ],
+)
+def test_a_key_on_the_wire_that_nothing_reads_is_named(lenvm: Any, field: str | None) -> None:
+    wire = {"lenvm": lenvm}
+    with pytest.raises(LengthControlError) as caught:
+        _ = LengthControl.from_custom_params(wire), ValueQuery.from_custom_params(wire)
+    assert caught.value.field == f"custom_params.lenvm.{field}" if field else "custom_params.lenvm"
+
+
+@pytest.mark.parametrize("lenvm", [None, {}, {"values": False}, {"input_values": False}])
+def test_a_request_that_asks_for_nothing_may_say_so(lenvm: Any) -> None:
+    wire = {"lenvm": lenvm}
+    assert LengthControl.from_custom_params(wire) is None is ValueQuery.from_custom_params(wire)
 
 
 def test_max_length_hint_is_short_for_at_most() -> None:

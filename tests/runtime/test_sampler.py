@@ -19,14 +19,20 @@ from lenvm_runtime.length_control import LengthControl
 torchvision_schema.declare_if_missing()
 
 VOCABULARY, HIDDEN = 500, 16
-UNGUIDED = (None, LengthControl("tilt", beta=0.0), LengthControl("equal", target=9, entropy_threshold=50.0))
+NUM_PROMPT, LAST_POSITION = 5, 12
+UNGUIDED = (
+    None,
+    LengthControl("tilt", beta=0.0),
+    LengthControl("equal", target=9, entropy_threshold=50.0),
+    LengthControl("at_least", target=LAST_POSITION + 2 - NUM_PROMPT),  # met by the token that is sampled now
+)
 GUIDED = (
     LengthControl("equal", target=40),
     LengthControl("at_most", target=9, strategy="hard"),
     LengthControl("tilt", beta=9.0),
     LengthControl("target_mean", factor=0.8, scaling="length"),
 )
-CONTROLS = [control for pair in zip(GUIDED * 3, UNGUIDED * 4, strict=True) for control in pair]
+CONTROLS = [control for pair in zip(GUIDED * 3, UNGUIDED * 3, strict=True) for control in pair]
 NUM_ROWS = len(CONTROLS)
 FILTERS = {
     "temperature": {"temperatures": torch.linspace(0.5, 1.5, NUM_ROWS)},
@@ -81,9 +87,8 @@ def sample(sampler: Any, sampling: Any, logits: Tensor, positions: Tensor) -> tu
     return tokens, torch.as_tensor(output.next_token_logprobs)
 
 
-@pytest.mark.usefixtures("served_runner")
-@pytest.mark.parametrize("filters", FILTERS)
-def test_unguided_rows_get_sglangs_own_tokens_beside_guided_ones(filters: str) -> None:
+def sample_both(**tensors: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The same step of rows with CONTROLS by SGLang's sampler and by ours."""
     from sglang.srt.layers.sampler import Sampler
 
     from lenvm_runtime.engine_hooks import HeadStep
@@ -92,19 +97,37 @@ def test_unguided_rows_get_sglangs_own_tokens_beside_guided_ones(filters: str) -
     generator = torch.Generator().manual_seed(2)
     logits = 3 * torch.randn(NUM_ROWS, VOCABULARY, generator=generator)
     features = torch.randn(NUM_ROWS, HIDDEN, generator=generator)
-    positions = torch.full((NUM_ROWS,), 12)
-    control = ControlBatch.build(CONTROLS, [5] * NUM_ROWS, [TOP_K_ALL] * NUM_ROWS, "cpu")
+    positions = torch.full((NUM_ROWS,), LAST_POSITION)
+    control = ControlBatch.build(CONTROLS, [NUM_PROMPT] * NUM_ROWS, [TOP_K_ALL] * NUM_ROWS, "cpu")
     assert control is not None
 
-    stock = sample(Sampler(), make_sampling(**FILTERS[filters]), logits, positions)
-    sampling = make_sampling(**FILTERS[filters])
+    stock = sample(Sampler(), make_sampling(**tensors), logits, positions)
+    sampling = make_sampling(**tensors)
     sampling.lenvm_step = HeadStep(make_runner(), control, features, torch.arange(NUM_ROWS), torch.arange(NUM_ROWS))
-    ours = sample(LenVMSampler(), sampling, logits, positions)
+    return stock, sample(LenVMSampler(), sampling, logits, positions)
 
+
+@pytest.mark.usefixtures("served_runner")
+@pytest.mark.parametrize("filters", FILTERS)
+def test_unguided_rows_get_sglangs_own_tokens_beside_guided_ones(filters: str) -> None:
     unguided = torch.tensor([choice in UNGUIDED for choice in CONTROLS])
-    for stock_part, our_part in zip(stock, ours, strict=True):
+    for stock_part, our_part in zip(*sample_both(**FILTERS[filters]), strict=True):
         assert torch.equal(stock_part[unguided], our_part[unguided])
         assert not torch.equal(stock_part[~unguided], our_part[~unguided])
+
+
+@pytest.mark.usefixtures("served_runner")
+def test_a_greedy_guided_row_has_its_own_logprobs_beside_sampled_ones() -> None:
+    """SGLang divides logits by the temperatures unless every row of the batch is greedy."""
+    temperatures = torch.linspace(0.5, 1.5, NUM_ROWS)
+    guided = torch.tensor([choice in GUIDED for choice in CONTROLS])
+    mixed = torch.where(guided, 1, TOP_K_ALL).int()
+    _, among_greedy = sample_both(temperatures=temperatures, top_ks=torch.ones(NUM_ROWS).int())
+    _, among_sampled = sample_both(temperatures=temperatures, top_ks=mixed)
+    _, at_temperature_1 = sample_both(top_ks=mixed)
+    for one, other, plain in zip(among_greedy, among_sampled, at_temperature_1, strict=True):
+        torch.testing.assert_close(one[guided], plain[guided], check_dtype=False)
+        torch.testing.assert_close(other[guided], plain[guided])
 
 
 @pytest.mark.usefixtures("served_runner")
@@ -116,7 +139,7 @@ def test_a_step_is_used_once() -> None:
     step = SimpleNamespace(steer=lambda _output, sampling, _positions: calls.append(1) or sampling)
     sampling = make_sampling()
     sampling.lenvm_step = step
-    logits, positions = torch.randn(NUM_ROWS, VOCABULARY), torch.full((NUM_ROWS,), 12)
+    logits, positions = torch.randn(NUM_ROWS, VOCABULARY), torch.full((NUM_ROWS,), LAST_POSITION)
     for _ in range(2):
         sample(LenVMSampler(), sampling, logits, positions)
     assert len(calls) == 1

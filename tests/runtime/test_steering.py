@@ -61,10 +61,11 @@ def test_only_scored_rows_are_rewritten(controls: list[LengthControl | None]) ->
         torch.testing.assert_close(torch.softmax(logits[row] / temperatures[row], -1), expected)
 
 
-def test_scaled_targets_are_set_for_prefilled_rows_alone() -> None:
+def test_scaled_targets_are_set_at_the_end_of_the_prompt_alone() -> None:
+    """Not in a chunk before it, nor for the decode rows of a mixed batch."""
     targets = ScaledTargets("cpu")
-    control = ControlBatch.build([LengthControl("scale", factor=0.5)] * 2, [4, 4], [1, 1], "cpu")
+    control = ControlBatch.build([LengthControl("scale", factor=0.5)] * 4, [4] * 4, [1] * 4, "cpu")
     assert control is not None
-    slots, generated = torch.tensor([7, 2]), torch.tensor([0, 6])
-    targets.update(control, slots, generated, torch.tensor([100.0, 100.0]), torch.tensor([True, False]))
-    assert targets.read(slots).tolist() == [50.0, 1.0]
+    slots, generated = torch.tensor([7, 2, 3, 5]), torch.tensor([0, 6, -3, 0])
+    targets.update(control, slots, generated, torch.tensor([100.0, 100.0, 100.0, 0.5]))
+    assert targets.read(slots).tolist() == [50.0, 1.0, 1.0, 1.0]

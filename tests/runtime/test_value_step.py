@@ -10,7 +10,8 @@ from lenvm_kernels.candidate_limits import limit_candidates
 from lenvm_kernels.candidates import TOP_K_ALL, Candidates, select_candidates
 from lenvm_runtime.control_batch import ControlBatch
 from lenvm_runtime.length_control import LengthControl
-from lenvm_runtime.value_model.packing import pack_step, read_candidates
+from lenvm_runtime.response import VALUE_KEY
+from lenvm_runtime.value_model.packing import StepRows, pack_step, read_candidates, split_requests
 from lenvm_runtime.value_model.step import ValueGuide, ValueStep, scored_candidates
 
 EOS = 2
@@ -150,3 +151,65 @@ def test_the_value_model_runs_once_a_decode_step(controls: list[LengthControl | 
         step.logits_output, step.sampling, step.batch.seq_lens - 1
     )
     assert runner.num_forwards == (control is not None if prefilled else 1)
+
+
+class DeviceStep(ValueStep):
+    """Bounds the candidates of each request by what the host knows, as on an accelerator; on a CPU they are counted."""
+
+    def _max_candidates(self, _scored: torch.Tensor) -> list[int]:
+        assert self.control is not None
+        return [number for number in self.control.max_candidates if number]
+
+
+class TokenRunner(StubRunner):
+    """Values by token and position alone, as those of a model are by a row's own sequence."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__(device)
+        self.num_rows: list[int] = []
+
+    def step(self, rows: StepRows) -> torch.Tensor:
+        self.num_rows.append(len(rows.input_ids))
+        return -((rows.input_ids * 31 + rows.positions * 7) % 97 + 1).float() / 100
+
+
+@pytest.mark.parametrize("prefilled", [False, True])
+@pytest.mark.parametrize("step_type", [ValueStep, DeviceStep])
+def test_a_step_in_several_forwards_is_the_step_in_one(step_type: type[ValueStep], prefilled: bool) -> None:
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    logits, values, num_rows = [], [], []
+    for max_rows in (10_000, 70):
+        torch.manual_seed(0)
+        runner, step = TokenRunner(), StepBatch(16, "cpu")
+        guide = ValueGuide(runner, [EOS], closing_tokens("cpu"), 1000, max_rows)  # type: ignore[arg-type]
+        step.batch.forward_mode = ForwardMode.EXTEND if prefilled else ForwardMode.DECODE
+        step.batch.extend_seq_lens = torch.ones(16, dtype=torch.int64)
+        states = torch.full((16,), -0.1) if prefilled else None
+        step_type(guide, step.control, None, step.batch, states).steer(
+            step.logits_output, step.sampling, step.batch.seq_lens - 1
+        )
+        logits.append(step.logits_output.next_token_logits)
+        rows = step.logits_output.customized_info[VALUE_KEY]
+        values.append([rows[row] for row in range(16)])
+        num_rows.append(runner.num_rows)
+    assert torch.equal(*logits)
+    assert values[0] == values[1]
+    assert len(num_rows[0]) == 1 < len(num_rows[1])
+    assert max(num_rows[1]) <= 70 < num_rows[0][0]
+
+
+def test_a_step_in_several_forwards_reads_nothing_on_the_host() -> None:
+    runner, step = TokenRunner("meta"), StepBatch(16, "meta")
+    guide = ValueGuide(runner, [EOS], closing_tokens("meta"), 1000, 70)  # type: ignore[arg-type]
+    with HostReads() as reads:
+        ValueStep(guide, step.control, None, step.batch, None).steer(
+            step.logits_output, step.sampling, step.batch.seq_lens - 1
+        )
+    assert len(runner.num_rows) > 2
+    assert not reads.counts
+
+
+def test_requests_are_split_into_runs_of_at_most_so_many_rows() -> None:
+    assert split_requests([], 9) == []
+    assert split_requests([4, 3, 0, 20, 2, 2, 2], 9) == [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 7)]
