@@ -261,7 +261,7 @@ def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path) -> None:
         read_beginnings([path], "other", Sampling())
 
 
-def test_a_stalled_request_is_given_up_and_tried_again(tmp_path: Path) -> None:
+def test_a_stalled_request_is_given_up_and_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seen: set[str] = set()
 
     async def answer(body: dict[str, Any]) -> Any:
@@ -278,6 +278,7 @@ def test_a_stalled_request_is_given_up_and_tried_again(tmp_path: Path) -> None:
             )
 
     assert asyncio.run(asyncio.wait_for(run(), 30)) == 5
+    assert "prompt p0: no answer in 0.2 s (rollouts.timeout_s), it is lost" in capsys.readouterr().err
 
 
 @contextmanager

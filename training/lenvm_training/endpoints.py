@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import mimetypes
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import httpx
+from tqdm import tqdm
 
 RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 REFUSED_STATUS = frozenset({400, 413, 422})
@@ -72,7 +74,7 @@ class Retry:
     attempts: int = 8
     first_delay_s: float = 1.0
     max_delay_s: float = 30.0
-    timeout_s: float = 1800.0
+    timeout_s: float = 7200.0
 
     def delay_s(self, failures: int) -> float:
         """How long to wait after so many failures (1 or more)."""
@@ -212,6 +214,10 @@ async def _request(
                 return read(response.json())
         except httpx.TransportError as error:
             problem = f"the engine at {client.base_url} does not answer: {error!r}"
+            if isinstance(error, httpx.ReadTimeout):
+                tqdm.write(
+                    f"{name}: no answer in {client.timeout.read:g} s (rollouts.timeout_s), it is lost", file=sys.stderr
+                )
         except (ValueError, LookupError, TypeError) as error:
             problem = f"the engine's answer to {name} cannot be used ({error!r}): {response.text[:200]}"
         else:
