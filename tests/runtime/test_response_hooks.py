@@ -1,0 +1,101 @@
+"""What our hooks on SGLang's API process take, refuse and answer, with events of a fake tokenizer manager."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lenvm_kernels import torchvision_schema
+
+torchvision_schema.declare_if_missing()
+
+from lenvm_runtime import compat, response_hooks  # noqa: E402
+from lenvm_runtime.length_control import LengthControl, LengthControlError, build_custom_params  # noqa: E402
+from lenvm_runtime.response import CANDIDATES_KEY, VALUE_KEY, ResponseBuilder  # noqa: E402
+
+MANAGER = SimpleNamespace(model_config=SimpleNamespace(vocab_size=96))
+Generate = Callable[..., AsyncIterator[Any]]
+
+
+def hooked(monkeypatch: pytest.MonkeyPatch, register: Callable[[], None]) -> Generate:
+    """What `register` puts around `TokenizerManager.generate_request`."""
+    hooks: dict[str, Generate] = {}
+    monkeypatch.setattr(compat, "around", hooks.__setitem__)
+    monkeypatch.setattr(compat, "after", lambda *_: None)
+    register()
+    return hooks[compat.GENERATE]
+
+
+def request(lenvm: Any = None) -> Any:
+    params = {} if lenvm is None else {"custom_params": {"lenvm": lenvm}}
+    return SimpleNamespace(sampling_params=params, input_ids=[5, 6])
+
+
+def meta_info() -> dict[str, Any]:
+    """Of a row that was prefilled beside a value query."""
+    return {"id": "x", VALUE_KEY: [-0.5], CANDIDATES_KEY: [[-0.25, 0.0]]}
+
+
+async def generate(*_: Any) -> AsyncIterator[Any]:
+    yield {"meta_info": meta_info()}
+    yield [{"meta_info": meta_info()}, {"meta_info": meta_info()}]  # a list of prompts
+
+
+async def test_the_candidate_values_of_a_query_stay_out_of_its_neighbours_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    observe = hooked(monkeypatch, lambda: response_hooks.register(0.997, 2048))
+    events = [event async for event in observe(generate, MANAGER, request({"values": True}))]
+    kept = {"id": "x", VALUE_KEY: [-0.5]}
+    assert events == [{"meta_info": kept}, [{"meta_info": kept}, {"meta_info": kept}]]
+
+
+async def test_a_choice_is_observed_and_keeps_the_values_of_a_neighbours_query_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def generate_choice(*_: Any) -> AsyncIterator[Any]:
+        yield {"index": 1, "meta_info": meta_info()}
+
+    observe = hooked(monkeypatch, lambda: response_hooks.register(0.997, 2048))
+    asked = request({"values": True})
+    asked.lenvm_builder = ResponseBuilder(None, 0.997, 2048)
+    async for event in observe(generate_choice, MANAGER, asked):
+        assert event == {"index": 1, "meta_info": {"id": "x", VALUE_KEY: [-0.5]}}
+    assert asked.lenvm_builder.take(1, finishing=False)["values"] == [-0.5]
+
+
+@pytest.mark.parametrize("with_lenvm", [True, False])
+@pytest.mark.parametrize(
+    ("lenvm", "field"),
+    [
+        ({"target": 40}, "custom_params.lenvm"),
+        ({"values": True, "mod": "equal", "target": 40}, "custom_params.lenvm"),
+        ({"candidates": [3]}, "custom_params.lenvm.candidates"),
+        ("equal", "custom_params.lenvm"),
+    ],
+)
+def test_what_nothing_reads_is_refused(
+    monkeypatch: pytest.MonkeyPatch, with_lenvm: bool, lenvm: Any, field: str
+) -> None:
+    register = (lambda: response_hooks.register(0.997, 2048)) if with_lenvm else response_hooks.register_without_lenvm
+    with pytest.raises(LengthControlError) as caught:
+        hooked(monkeypatch, register)(generate, MANAGER, request(lenvm))
+    assert caught.value.field.startswith(field)
+
+
+@pytest.mark.parametrize(
+    "lenvm", [build_custom_params(LengthControl("tilt", beta=1.0), True)["lenvm"], {"input_values": True}]
+)
+def test_an_engine_without_a_lenvm_refuses_what_needs_one(monkeypatch: pytest.MonkeyPatch, lenvm: Any) -> None:
+    observe = hooked(monkeypatch, response_hooks.register_without_lenvm)
+    with pytest.raises(LengthControlError, match=r"custom_params\.lenvm: .* without a LenVM"):
+        observe(generate, MANAGER, request(lenvm))
+
+
+@pytest.mark.parametrize("lenvm", [None, {}, {"values": False}, {"values": True}])
+async def test_an_engine_without_a_lenvm_takes_other_requests(monkeypatch: pytest.MonkeyPatch, lenvm: Any) -> None:
+    observe = hooked(monkeypatch, response_hooks.register_without_lenvm)
+    assert len([event async for event in observe(generate, MANAGER, request(lenvm))]) == 2
