@@ -31,6 +31,7 @@ from lenvm_kernels import torchvision_schema
 from lenvm_runtime.default_model import ensure_default_model
 from lenvm_runtime.length_control import LengthControl, build_custom_params
 from lenvm_runtime.serve import ServeConfig, running_engine
+from lenvm_runtime.value_model.source import find_folder
 
 TARGETS = (64, 128, 256)
 MODES = ("equal", "at_most", "at_least")
@@ -76,6 +77,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a fraction of the tasks: at most 8 minutes on 2 cores")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--engine-url", help="a running engine with the LenVM plugin (default: start one)")
+    parser.add_argument(
+        "--lenvm", help="a head of the default model, for the engine that is started"
+    )
     parser.add_argument("--answers", type=Path, help="write every answer there (JSONL)")
     parser.add_argument("--methods", default=",".join(METHODS))
     parsed = parser.parse_args()
@@ -83,7 +87,8 @@ def main() -> int:
     if parsed.engine_url:
         answers = asyncio.run(run(parsed.engine_url, parsed.tasks, parsed.quick, methods))
     else:
-        with running_engine(ServeConfig("127.0.0.1", 8000, None, None)) as (_, url):
+        lenvm = find_folder(parsed.lenvm) if parsed.lenvm else None
+        with running_engine(ServeConfig("127.0.0.1", 8000, None, lenvm)) as (_, url):
             answers = asyncio.run(run(url, parsed.tasks, parsed.quick, methods))
     figures = summarize(answers)
     print_table(figures, methods)
