@@ -77,9 +77,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a fraction of the tasks: at most 8 minutes on 2 cores")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--engine-url", help="a running engine with the LenVM plugin (default: start one)")
-    parser.add_argument(
-        "--lenvm", help="a head of the default model, for the engine that is started"
-    )
+    parser.add_argument("--lenvm", help="a head of the default model, for the engine that is started")
     parser.add_argument("--answers", type=Path, help="write every answer there (JSONL)")
     parser.add_argument("--methods", default=",".join(METHODS))
     parsed = parser.parse_args()
