@@ -36,6 +36,7 @@ CPU_ARGUMENTS = {"--max-total-tokens": "65536", "--max-running-requests": "64"}
 NO_HEAD = Path("none")
 START_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 20.0
+GONE_S = 5.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -261,10 +262,17 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the process and whatever else is left of its session."""
+    """SIGKILL to the process and whatever else is left of its session; waits until none of them is there."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    deadline = time.monotonic() + GONE_S
+    with suppress(ProcessLookupError):
+        while time.monotonic() < deadline:  # gigabytes take the kernel a moment
+            os.killpg(process.pid, 0)
+            with suppress(ChildProcessError):  # where this is PID 1, they are its children now
+                os.waitpid(-process.pid, os.WNOHANG)
+            time.sleep(0.02)
 
 
 def _raise_stop(_number: int, _frame: FrameType | None) -> None:

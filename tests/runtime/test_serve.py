@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lenvm_runtime import default_model
+from lenvm_runtime import default_model, serve
 from lenvm_runtime.cli import main
 from lenvm_runtime.launch_engine import engine_arguments
 from lenvm_runtime.serve import ServeConfig, StartError, running_stack
@@ -152,3 +152,17 @@ def test_a_failing_plugin_ends_the_engine_with_a_clear_message() -> None:
     assert result.returncode != 0
     assert "lenvm: the SGLang plugin cannot start" in result.stderr
     assert "/no/such/head: no such folder" in result.stderr
+
+
+def test_a_group_that_was_killed_is_gone() -> None:
+    """Memory takes the kernel a moment to take back, after the process that is waited for has ended."""
+    grandchild = "b = bytearray(600_000_000); b[::4096] = b'1' * len(b[::4096]); print(1, flush=True); input()"
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", child], start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"1\n"
+    serve._kill(process)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
