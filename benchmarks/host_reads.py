@@ -85,8 +85,8 @@ class StubRunner:
 class _DeviceStep(ValueStep):
     """Bounds the rows by what the host knows, as on an accelerator; on a CPU they are counted."""
 
-    def _max_candidate_rows(self, _scored: Tensor) -> int:
-        return sum(self.control.max_candidates) if self.control else 0
+    def _max_candidates(self, _scored: Tensor) -> list[int]:
+        return [number for number in self.control.max_candidates if number] if self.control else []
 
 
 @dataclass

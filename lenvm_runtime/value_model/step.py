@@ -146,7 +146,7 @@ class ValueStep:
     def _run_candidates(self, guided: Tensor, candidate_ids: Tensor, scored: Tensor) -> Tensor:
         """V of the guided rows' candidates [G, C], and of every row's state where that is still to be run."""
         if self.state_values is None:
-            max_rows = self._max_candidate_rows(scored)
+            max_rows = sum(self._max_candidates(scored))
             if len(self.batch.seq_lens) + max_rows <= self.guide.max_rows:
                 return self._run_with_states(guided, candidate_ids, scored, max_rows)
             self._run_states()
@@ -195,12 +195,11 @@ class ValueStep:
             max_rows,
         )
 
-    def _max_candidate_rows(self, scored: Tensor) -> int:
-        """A bound on the candidates to score."""
-        return sum(self._max_candidates(scored))
-
     def _max_candidates(self, scored: Tensor) -> list[int]:
-        """The same of each guided row: on a CPU their number, elsewhere what the host knows without asking."""
+        """A bound on each guided row's candidates to score.
+
+        On a CPU their number, elsewhere what the host knows without asking.
+        """
         if scored.device.type == "cpu":
             counts: list[int] = scored.sum(1).tolist()
             return counts
