@@ -1,7 +1,8 @@
-"""A decoder layer on CPUs with matrix tiles (AMX), bf16, in one call, or in two around its attention.
+"""A linear layer on CPUs with AVX-512, bf16, and a decoder layer in one call, or in two around its attention.
 
-Stands for six operators of the serving engine's own layer and gives what they give: sums in fp32, rounded to bf16 where
-the separate operators round. A row's result does not depend on the other rows or on the thread count, to the last bit.
+The decoder layer stands for six operators of the serving engine's own and gives what they give: sums in fp32, rounded
+to bf16 where the separate operators round. A row's result does not depend on the other rows or on the thread count, to
+the last bit.
 """
 
 import ctypes
@@ -22,7 +23,7 @@ BLOCK = 32
 
 
 def available() -> bool:
-    """Whether the kernel is built and this CPU has matrix tiles."""
+    """Whether the kernel is built, for a CPU with AVX-512, and may use its matrix tiles where it has them."""
     return cpp_library.available(SOURCE) and bool(_library().lenvm_decoder_layer_runs_here())
 
 
@@ -88,6 +89,23 @@ class Weights:
     down: Tensor
 
 
+class PackedLinear:
+    """``x W^T + b`` of a weight [outputs, inputs] that `fits`, packed once."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._packed = pack(weight)
+        self._outputs, self._inputs = weight.shape
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[rows, inputs] bf16, contiguous; bias [outputs] bf16, contiguous -> new [rows, outputs], rounded once."""
+        if bias is not None and (bias.dtype != torch.bfloat16 or bias.shape != (self._outputs,)):
+            raise ValueError(f"expected a bf16 bias of {self._outputs}, got {bias.dtype} {tuple(bias.shape)}")
+        out = torch.empty(_check(x, self._inputs), self._outputs, dtype=torch.bfloat16)
+        projection = _projection(self._packed, bias)
+        _library().lenvm_linear(x.data_ptr(), out.data_ptr(), len(x), projection, torch.get_num_threads())
+        return out
+
+
 class DecoderLayer:
     """One layer with its weights packed. ``eps`` is added to the mean square in both norms."""
 
@@ -96,8 +114,8 @@ class DecoderLayer:
         self._kept = weights.norm, weights.mlp_norm, weights.qkv_bias, packed  # the structure holds addresses
         self._shape = head_dim, num_heads, num_kv_heads
         self._dim, self._width, self._attended = weights.qkv.shape[1], weights.qkv.shape[0], weights.output.shape[1]
-        qkv, output, gate_up, down = (_projection(tensor) for tensor in packed)
-        qkv.bias = None if weights.qkv_bias is None else weights.qkv_bias.data_ptr()
+        biases = weights.qkv_bias, None, None, None
+        qkv, output, gate_up, down = (_projection(*pair) for pair in zip(packed, biases, strict=True))
         norms = (_Norm(norm.data_ptr(), eps) for norm in (weights.norm, weights.mlp_norm))
         self._layer = _Layer(*norms, qkv, output, gate_up, down)
 
@@ -183,8 +201,9 @@ class DecoderLayer:
         return _Rotation(positions.data_ptr(), cos_sin.data_ptr(), cos_sin.shape[1], *self._shape)
 
 
-def _projection(packed: Tensor) -> _Projection:
-    return _Projection(packed.data_ptr(), None, packed.shape[1] * BLOCK, packed.shape[0] * BLOCK)
+def _projection(packed: Tensor, bias: Tensor | None) -> _Projection:
+    address = None if bias is None else bias.data_ptr()
+    return _Projection(packed.data_ptr(), address, packed.shape[1] * BLOCK, packed.shape[0] * BLOCK)
 
 
 def _check(rows: Tensor, width: int) -> int:
@@ -208,9 +227,10 @@ def _library() -> ctypes.CDLL:
         structures = (_Norm, _Projection, _Rotation, _Layer, Problem)
         norm, projection, rotation, layer, problem = (ctypes.POINTER(structure) for structure in structures)
         rows = (address, address, address, size)
+        library.lenvm_linear.argtypes = (address, address, size, projection, flag)
         library.lenvm_project_qkv.argtypes = (*rows, norm, projection, rotation, flag)
         library.lenvm_project_and_mlp.argtypes = (*rows, projection, norm, *[projection] * 2, flag)
         library.lenvm_decoder_layer.argtypes = (*rows, layer, rotation, problem, address, address, flag)
-        for name in ("project_qkv", "project_and_mlp", "decoder_layer"):
+        for name in ("linear", "project_qkv", "project_and_mlp", "decoder_layer"):
             getattr(library, f"lenvm_{name}").restype = None
     return library

@@ -1,7 +1,6 @@
-"""Linear layers with weights packed once for the CPU's matrix instructions.
+"""Linear layers with weights packed once, at load, for the product of `lenvm_kernels.decoder_layer`.
 
-torch's bf16 matrix product on a CPU packs the weight anew at every call; here that is done once, at load
-(``docs/experiments.md`` has the times).
+torch's own bf16 product on a CPU packs the weight anew at every call (``docs/experiments.md`` has the times).
 """
 
 from __future__ import annotations
@@ -9,17 +8,14 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-import torch
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from torch import Tensor, nn
 
+from lenvm_kernels import decoder_layer
 from lenvm_runtime import compat
 from lenvm_runtime.cpu.decoder_layer import fuse_decoder_layers
-
-NUM_ROWS = 32
-"""The batch size that the packed layout is made for; it serves any other."""
 
 
 def register() -> None:
@@ -35,16 +31,16 @@ def register() -> None:
 
 
 class PackedWeight:
-    """``x @ weight.T + bias`` with a weight packed by oneDNN."""
+    """The product of a layer whose weight is packed."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), NUM_ROWS)
+        self._product = decoder_layer.PackedLinear(weight)
 
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, _layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
-        return product
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        return self._product(rows, bias).view(*x.shape[:-1], -1)
 
 
 class PackedLinearMethod(PackedWeight, UnquantizedLinearMethod):
@@ -56,12 +52,12 @@ class PackedOutputMethod(PackedWeight, UnquantizedEmbeddingMethod):
 
 
 def pack_linear_layers(model: Any) -> None:
-    """Pack the bf16 weights of a loaded model's plain linear layers.
+    """Pack the bf16 weights of a loaded model's plain linear layers, where the kernel runs and they fit it.
 
     The unpacked weight of a linear layer is released. An embedding that is also the output layer keeps it, for its
     look-ups, beside the packed one.
     """
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not decoder_layer.available():
         return
     for layer in filter(_is_plain_linear, model.modules()):
         layer.quant_method = PackedLinearMethod(layer.weight)
@@ -74,7 +70,7 @@ def pack_linear_layers(model: Any) -> None:
 def _is_plain_output(model: Any, output: VocabParallelEmbedding) -> bool:
     return (
         type(output.quant_method) is UnquantizedEmbeddingMethod
-        and output.weight.dtype == torch.bfloat16
+        and decoder_layer.fits(output.weight)
         and not model.logits_processor.use_fp32_lm_head
     )
 
@@ -83,6 +79,6 @@ def _is_plain_linear(layer: Any) -> bool:
     return (
         isinstance(layer, LinearBase)
         and type(layer.quant_method) is UnquantizedLinearMethod
-        and layer.weight.dtype == torch.bfloat16
         and layer.weight.numel() > 0  # else part of a fused decoder layer
+        and decoder_layer.fits(layer.weight)
     )

@@ -15,11 +15,29 @@ DIM, HEADS, KV_HEADS, HEAD_DIM, INNER = 96, 4, 2, 32, 160
 EPS = 1e-5
 
 
-def runs_here():
-    return decoder_layer.available()
+BUILDS = {"tiles": "", "vectors": "-mno-amx-bf16", "vectors without bf16": "-mno-amx-bf16 -mno-avx512bf16"}
 
 
-pytestmark = pytest.mark.skipif(not runs_here(), reason="needs a C++ compiler and matrix tiles (AMX)")
+def load_again():
+    for cached in (cpp_library.load, cpp_library.available, decoder_layer._library):
+        cached.cache_clear()
+
+
+@pytest.fixture(scope="module", params=BUILDS, autouse=True)
+def build(request):
+    """Each of the kernel's builds that this CPU runs; the first is that of its own instructions."""
+    if request.param == "tiles" and "amx_bf16" not in cpp_library.cpu_flags():
+        pytest.skip("needs matrix tiles (AMX)")
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            patch.setenv("CXX", f"{cpp_library.find_compiler()[0]} {BUILDS[request.param]}")
+        except cpp_library.KernelUnavailableError as error:
+            pytest.skip(str(error))
+        load_again()
+        if not decoder_layer.available():
+            pytest.skip("needs AVX-512")
+        yield
+    load_again()
 
 
 def normal(*shape, seed=0, scale=1.0):
@@ -97,6 +115,23 @@ def test_project_and_mlp(rows):
     out = layer.finish(attention, residual)
     torch.testing.assert_close(residual, total, rtol=2**-7, atol=2**-6)
     torch.testing.assert_close(out, expected, rtol=2**-6, atol=2**-5)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear(rows, with_bias):
+    weight, bias = normal(320, DIM, seed=1, scale=DIM**-0.5), normal(320, seed=2) if with_bias else None
+    x = normal(rows, DIM, seed=8)
+    out = decoder_layer.PackedLinear(weight)(x, bias)
+    exact = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=2**-16)
+
+
+def test_a_bias_that_the_kernel_would_misread_is_refused():
+    product = decoder_layer.PackedLinear(normal(64, DIM))
+    for bias in (torch.zeros(64), normal(32)):
+        with pytest.raises(ValueError, match="expected a bf16 bias of 64"):
+            product(normal(2, DIM), bias)
 
 
 @pytest.mark.parametrize("size", [0.05, 3.0, 60.0])
@@ -204,11 +239,10 @@ def test_fits_asks_for_whole_tiles():
     assert not decoder_layer.fits(normal(64, 96).float())
 
 
-def test_a_build_without_matrix_tiles_is_not_available(monkeypatch):
-    monkeypatch.setenv("CXX", f"{cpp_library.find_compiler()[0]} -mno-amx-bf16")
-    caches = (cpp_library.load, cpp_library.available, decoder_layer._library)
-    for cached in caches:
-        cached.cache_clear()
-    assert not decoder_layer.available()
-    for cached in caches:
-        cached.cache_clear()
+def test_a_build_without_wide_vectors_is_not_available(monkeypatch):
+    monkeypatch.setenv("CXX", f"{cpp_library.find_compiler()[0]} -mno-avx512f")
+    load_again()
+    try:
+        assert not decoder_layer.available()
+    finally:
+        load_again()

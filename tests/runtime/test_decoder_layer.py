@@ -25,7 +25,7 @@ from lenvm_runtime.cpu.linear import pack_linear_layers  # noqa: E402
 
 DIM, HEADS, KV_HEADS, HEAD_DIM, INNER = 64, 4, 2, 32, 96
 
-pytestmark = pytest.mark.skipif(not decoder_layer.available(), reason="needs a C++ compiler and matrix tiles (AMX)")
+pytestmark = pytest.mark.skipif(not decoder_layer.available(), reason="needs a C++ compiler and AVX-512")
 
 
 def bare(module_class, **attributes):
