@@ -7,13 +7,15 @@ Checked first on every engine: greedy tokens without control are the plain engin
 LenVM, and control changes the distribution that is sampled from.
 
     plain         no LenVM; on a GPU stock SGLang, on a CPU with this project's attention and layers
-    values        a head: V of every token, which the engine computes whether it is asked for or not
+    values        a head: V of every token
     head          a head, every request under control (candidate head), top-k 5
+    head_idle     a head, no request asks for values (it computes them, and they stay in the engine)
     states        a separate LenVM, no request under control: one row a request and step
     k5, k15       a separate LenVM, every request under control, top-k 5 and 15
+    lenvm_idle    a separate LenVM, no request asks for values: it does not run
 
 ``*_over_plain`` are ratios of wall-clock time (smaller is better), ``idle_plugin_over_stock`` (a head) and
-``idle_lenvm_over_stock`` (a separate LenVM) of throughput without control (larger is better), ``*_step_ms`` wall clock
+``idle_lenvm_over_stock`` (a separate LenVM) of throughput (larger is better), ``*_step_ms`` wall clock
 over decode steps, ``*_PART_ms`` the mean host time of a part of the decode steps that held every request
 (`lenvm_runtime.step_times`; what is left of ``*_step_ms`` is scheduling and prefill). ``host_syncs_per_step`` counts
 the operators in this project's part of a decode step that make the host wait for a device (`host_reads.py`).
@@ -59,16 +61,22 @@ MIN_EFFECT = 1e-3
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of run: the requests' control, and the number of candidates among which it chooses."""
+    """One kind of run: the requests' control, the number of candidates among which it chooses, who asks for values."""
 
     name: str
     control: LengthControl | None = None
     top_k: int = WHOLE_VOCABULARY
+    values: bool = True
 
 
 PLAIN = Kind("plain")
-HEAD_KINDS = (Kind("values"), Kind("head", CONTROL, 5))
-LENVM_KINDS = (Kind("states"), Kind("k5", CONTROL, 5), Kind("k15", CONTROL, 15))
+HEAD_KINDS = (Kind("values"), Kind("head", CONTROL, 5), Kind("head_idle", values=False))
+LENVM_KINDS = (
+    Kind("states"),
+    Kind("k5", CONTROL, 5),
+    Kind("k15", CONTROL, 15),
+    Kind("lenvm_idle", values=False),
+)
 
 
 Round = tuple[float, float]
@@ -158,7 +166,9 @@ def measure(chosen: Setting) -> dict[str, float]:
             asyncio.run(measure_engine(url, kinds, chosen, times, greedy))
     steps = [json.loads(line) for line in chosen.step_times.read_text().splitlines()]
     figures = to_figures({name: sum(map(len_s, rounds)) / len(rounds) for name, rounds in times.items()}, chosen)
-    return figures | part_figures(steps, times, chosen.concurrency)
+    parts = part_figures(steps, times, chosen.concurrency)
+    assert "lenvm_idle_value_forward_ms" not in parts, "the LenVM ran for requests that do not need it"
+    return figures | parts
 
 
 async def measure_engine(
@@ -221,7 +231,7 @@ async def generate(
         "top_k": kind.top_k,
         "max_new_tokens": num_tokens,
         "ignore_eos": True,
-        "custom_params": build_custom_params(kind.control, values=True),
+        "custom_params": build_custom_params(kind.control, kind.values),
     }
     response = await client.post(f"{url}/generate", json={"input_ids": prompt, "sampling_params": params, **asked})
     response.raise_for_status()
@@ -259,7 +269,7 @@ def to_figures(seconds: dict[str, float], chosen: Setting) -> dict[str, float]:
         "lenvm_values_over_plain": "states",
     }
     figures = {key: seconds[name] / plain for key, name in ratios.items() if name in seconds}
-    idle = {"idle_plugin_over_stock": "values", "idle_lenvm_over_stock": "states"}
+    idle = {"idle_plugin_over_stock": "head_idle", "idle_lenvm_over_stock": "lenvm_idle"}
     figures |= {key: plain / seconds[name] for key, name in idle.items() if name in seconds}
     device = "cuda" if torch.cuda.is_available() else "meta"  # which stands for an accelerator
     figures["host_syncs_per_step"] = float(sum(count_host_reads(device=device).values()))

@@ -24,7 +24,9 @@ from lenvm_kernels.heads import CandidateHead, HeadConfig, ValueHead  # noqa: E4
 from lenvm_runtime.control_batch import ControlBatch, merge  # noqa: E402
 from lenvm_runtime.engine_hooks import HeadStep  # noqa: E402
 from lenvm_runtime.head_runner import HeadRunner  # noqa: E402
+from lenvm_runtime.input_values import QueryBatch  # noqa: E402
 from lenvm_runtime.length_control import LengthControl  # noqa: E402
+from lenvm_runtime.readers import Readers  # noqa: E402
 from lenvm_runtime.steering import last_token_ids  # noqa: E402
 from lenvm_runtime.value_model.packing import StepRows  # noqa: E402
 from lenvm_runtime.value_model.step import ValueGuide, ValueStep  # noqa: E402
@@ -110,6 +112,7 @@ class StepBatch:
         control = ControlBatch.build(controls, [4] * num_reqs, top_ks, device, ignore_eos, stops)
         assert control is not None
         self.control = control
+        self.readers = Readers.build([row % 5 != 0 or bool(controls[row]) for row in range(num_reqs)], device)
         self.num_reqs = num_reqs
         rows = torch.arange(num_reqs, device=device)
         self.batch = SimpleNamespace(
@@ -128,7 +131,7 @@ class StepBatch:
 
     def run_value_model(self, guide: ValueGuide) -> None:
         """The step with a separate LenVM."""
-        _DeviceStep(guide, self.control, None, self.batch, None).steer(
+        _DeviceStep(guide, self.readers, self.control, QueryBatch(()), self.batch, None).steer(
             self.logits_output, self.sampling, self.batch.seq_lens - 1
         )
 
@@ -143,6 +146,7 @@ class StepBatch:
         """What happens between steps: rows leave, others come."""
         kept = self.control.filter(range(1, self.num_reqs), self.kept)
         merge(kept, self.control, self.num_reqs - 1, self.num_reqs, self.kept.device)
+        self.readers.filter(range(1, self.num_reqs)).concat(self.readers)
 
 
 def closing_tokens(device: str) -> Tensor:

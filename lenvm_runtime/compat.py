@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from lenvm_kernels.checkpoint_files import CheckpointError
 from lenvm_kernels.heads import HeadConfig
+from lenvm_runtime import length_control
 
 KNOWN_VERSIONS = ("0.5.17",)
 
@@ -341,6 +342,14 @@ def count_embeddings(model: str, trust_remote_code: bool) -> int:
 
     number: int = get_config(model, trust_remote_code=trust_remote_code).vocab_size
     return number
+
+
+def needs_lenvm(req: Any) -> bool:
+    """Whether a request of SGLang's needs the LenVM.
+
+    One of a session does: the next of the session may, and goes on from its keys and values.
+    """
+    return req.session is not None or length_control.needs_lenvm(req.sampling_params.custom_params)
 
 
 def load_vocabulary(model: str) -> dict[str, int]:

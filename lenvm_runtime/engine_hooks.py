@@ -21,6 +21,7 @@ from lenvm_runtime.control_batch import ControlBatch
 from lenvm_runtime.head_runner import HeadRunner
 from lenvm_runtime.input_values import QueryBatch, write_input_values
 from lenvm_runtime.length_control import LengthControl, ValueQuery
+from lenvm_runtime.readers import Readers
 from lenvm_runtime.response import CANDIDATES_KEY, PREDICTION_KEY, VALUE_KEY
 from lenvm_runtime.steering import DeviceRows, last_token_ids, released
 
@@ -160,6 +161,7 @@ def _build_control(_result: None, sampling_info: Any, batch: Any, _vocab_size: i
     sampling_info.lenvm_queries = QueryBatch(
         tuple(ValueQuery.from_custom_params(req.sampling_params.custom_params) for req in reqs)
     )
+    sampling_info.lenvm_readers = Readers.build([compat.needs_lenvm(req) for req in reqs], sampling_info.device)
     sampling_info.lenvm_control = ControlBatch.build(
         [_read_control(req) for req in reqs],
         [len(req.origin_input_ids) for req in reqs],
@@ -185,6 +187,7 @@ def _read_control(req: Any) -> LengthControl | None:
 
 def _filter_control(_result: None, sampling_info: Any, keep_indices: list[int], keep_indices_device: Tensor) -> None:
     sampling_info.lenvm_queries = sampling_info.lenvm_queries.filter(keep_indices)
+    sampling_info.lenvm_readers = sampling_info.lenvm_readers.filter(keep_indices)
     control = sampling_info.lenvm_control
     if control is not None:
         sampling_info.lenvm_control = control.filter(keep_indices, keep_indices_device)
@@ -193,6 +196,7 @@ def _filter_control(_result: None, sampling_info: Any, keep_indices: list[int], 
 def _merge_control(_result: None, sampling_info: Any, other: Any) -> None:
     num_right = len(other)
     sampling_info.lenvm_queries = sampling_info.lenvm_queries.concat(other.lenvm_queries)
+    sampling_info.lenvm_readers = sampling_info.lenvm_readers.concat(other.lenvm_readers)
     sampling_info.lenvm_control = control_batch.merge(
         sampling_info.lenvm_control,
         other.lenvm_control,
@@ -205,3 +209,4 @@ def _merge_control(_result: None, sampling_info: Any, other: Any) -> None:
 def _carry_control(copy: Any, sampling_info: Any) -> None:
     copy.lenvm_control = sampling_info.lenvm_control
     copy.lenvm_queries = sampling_info.lenvm_queries
+    copy.lenvm_readers = sampling_info.lenvm_readers

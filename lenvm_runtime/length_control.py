@@ -208,6 +208,13 @@ def wants_values(custom_params: object) -> bool:
     return values
 
 
+def needs_lenvm(custom_params: object) -> bool:
+    """Whether a request in wire form reads values, of its prompt or its answer, or is under a control that does."""
+    control = LengthControl.from_custom_params(custom_params)
+    guided = control is not None and not control.is_neutral
+    return guided or wants_values(custom_params) or ValueQuery.from_custom_params(custom_params) is not None
+
+
 def _read_wire_form(custom_params: object) -> Mapping[str, Any]:
     """The ``lenvm`` object of a request's ``custom_params``, empty without one."""
     lenvm = custom_params.get("lenvm") if isinstance(custom_params, Mapping) else None

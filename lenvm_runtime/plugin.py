@@ -50,14 +50,14 @@ def _register_lenvm(folder: Path | None) -> None:
     if find_kind(folder) is LenVMKind.HEAD:
         head = read_config(folder)
         engine_hooks.register(folder)
-        response_hooks.register(head.gamma, head.max_length)
+        response_hooks.register(head.gamma, head.max_length, is_separate=False)
         return
     from lenvm_runtime.value_model.hooks import ValueModelHooks
 
     source = read_source(folder)
     max_length = int(length_from_value(-1.0, source.gamma))
     ValueModelHooks(source, max_length).register()
-    response_hooks.register(source.gamma, max_length)
+    response_hooks.register(source.gamma, max_length, is_separate=True)
 
 
 def _register_cpu_engine() -> None:

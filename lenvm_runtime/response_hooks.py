@@ -4,6 +4,9 @@ Streams: every event that a request's generator takes from the tokenizer manager
 what it brought rides on the next chunk of its choice, spliced in without decoding the chunk.
 Non-streamed answers: each choice gets the whole object. Value queries on SGLang's own ``/generate``: each
 answer gets a ``lenvm`` object with the values of its prompt.
+
+Beside a separate LenVM, requests that do not need it share no prefix cache with those that do: their tokens lack the
+value model's keys.
 """
 
 from __future__ import annotations
@@ -16,16 +19,27 @@ import orjson
 from fastapi.responses import ORJSONResponse
 
 from lenvm_runtime import compat
-from lenvm_runtime.length_control import LengthControl, LengthControlError, ValueQuery, check_sampling
-from lenvm_runtime.response import CANDIDATES_KEY, VALUE_KEY, ResponseBuilder, describe_input
+from lenvm_runtime.length_control import (
+    LengthControl,
+    LengthControlError,
+    ValueQuery,
+    check_sampling,
+    needs_lenvm,
+    wants_values,
+)
+from lenvm_runtime.response import CANDIDATES_KEY, PREDICTION_KEY, VALUE_KEY, ResponseBuilder, describe_input
 
 _BUILDER = "lenvm_builder"
 _CHOICE = re.compile(r'"choices":\[\{"index":(\d+),')
 _FINISHING = '"finish_reason":"'
+_WITHOUT_VALUES = "lenvm:without-values"
 
 
-def register(gamma: float, max_length: int) -> None:
-    """Hook the chat and completion handlers; ``gamma`` is the LenVM's, ``max_length`` bounds ``remaining``."""
+def register(gamma: float, max_length: int, is_separate: bool) -> None:
+    """Hook the chat and completion handlers.
+
+    ``gamma`` is the LenVM's, ``max_length`` bounds ``remaining``; ``is_separate``: it is a model of its own.
+    """
 
     def new_builder(custom_params: Any) -> ResponseBuilder:
         return ResponseBuilder(custom_params, gamma, max_length)
@@ -56,13 +70,16 @@ def register(gamma: float, max_length: int) -> None:
         _check_controls(params)
         queries = _read_queries(params, vocab_size)
         _check_input_ids(obj.input_ids, vocab_size, "input" if queries else "prompt")
+        if is_separate:
+            _part_prefix_caches(obj)
         if queries:
             if hasattr(obj, _BUILDER):
                 raise LengthControlError("custom_params.lenvm.input_values", "is taken by /generate only")
             obj.return_logprob, obj.logprob_start_len = True, 0
             events = original(manager, obj, *args)
             return _answer_queries(events, queries, _input_ids(obj.input_ids, len(queries)), gamma, max_length)
-        return _observe_events(original(manager, obj, *args), getattr(obj, _BUILDER, None))
+        hidden = _hidden_keys(params)
+        return _observe_events(original(manager, obj, *args), getattr(obj, _BUILDER, None), hidden)
 
     compat.around(compat.GENERATE, observe)
     for target in (compat.CHAT_STREAM, compat.COMPLETION_STREAM):
@@ -154,13 +171,37 @@ async def _answer_queries(
         yield event
 
 
+def _part_prefix_caches(obj: Any) -> None:
+    """Give requests that do not need the LenVM a namespace of their own in SGLang's prefix cache."""
+    if obj.session_params is not None:
+        return
+    apart = [not needs_lenvm(params.get("custom_params")) for params in _each(obj.sampling_params)]
+    if not any(apart):
+        return
+    given = obj.extra_key
+    keys = given if isinstance(given, list) else [given] * len(apart)
+    if len(apart) == 1:
+        apart = apart * len(keys)
+    if len(apart) != len(keys):
+        raise LengthControlError("extra_key", "must be one key, or one for each input")
+    parted = [f"{key or ''}|{_WITHOUT_VALUES}" if own else key for key, own in zip(keys, apart, strict=True)]
+    obj.extra_key = parted if isinstance(given, list) or len(parted) > 1 else parted[0]
+
+
+def _hidden_keys(sampling_params: Any) -> tuple[str, ...]:
+    """What an answer does not show: SGLang gives every row of a batch what one of them asked for."""
+    shown = all(wants_values(params.get("custom_params")) for params in _each(sampling_params))
+    return (CANDIDATES_KEY,) if shown else (CANDIDATES_KEY, VALUE_KEY, PREDICTION_KEY)
+
+
 async def _observe_events(
-    events: AsyncGenerator[Any, None], builder: ResponseBuilder | None
+    events: AsyncGenerator[Any, None], builder: ResponseBuilder | None, hidden: tuple[str, ...]
 ) -> AsyncGenerator[Any, None]:
-    """Drops what SGLang gives every row of a batch that holds a value query."""
+    """``hidden``: keys of ``meta_info`` to drop."""
     async for event in events:
         for answer in _answers(event):
-            answer["meta_info"].pop(CANDIDATES_KEY, None)
+            for key in hidden:
+                answer["meta_info"].pop(key, None)
         if builder is not None:
             builder.observe(event.get("index", 0), event["meta_info"])
         yield event

@@ -11,6 +11,7 @@ from lenvm_runtime import compat
 from lenvm_runtime.closing import closing_tokens
 from lenvm_runtime.engine_hooks import register_controls
 from lenvm_runtime.input_values import QueryBatch, write_input_values
+from lenvm_runtime.readers import Readers
 from lenvm_runtime.value_model.source import ValueModelSource, check_vocabulary
 
 
@@ -21,8 +22,10 @@ class ValueModelHooks:
     * at start: the model is loaded after the served one, its KV bytes enter SGLang's memory budget, its KV
       buffers get the served model's slots;
     * when SGLang has captured the served model's decodes in CUDA graphs, the value model's steps are too;
-    * each prefill of the served model is run by the value model too (`ModelRunner.forward`);
-    * each decode step is run in our sampler, when candidates can be told from the masked logits.
+    * each prefill of the served model with a request that needs the LenVM is run by the value model too
+      (`ModelRunner.forward`); what the others leave in the prefix cache is theirs alone, since it may lack the value
+      model's keys (`lenvm_runtime.response_hooks`);
+    * those requests' decode steps are run in our sampler, when candidates can be told from the masked logits.
     """
 
     def __init__(self, source: ValueModelSource, max_length: int) -> None:
@@ -79,16 +82,25 @@ class ValueModelHooks:
         self._guide.runner.capture_steps()
 
     def _extend(self, output: Any, served: Any, forward_batch: Any, *_: Any, **__: Any) -> None:
+        if not _has_readers(forward_batch):
+            return
         if not forward_batch.forward_mode.is_extend():
             compat.hold_request_table(served)
             return
         runner = self._guide.runner
         states = runner.extend(forward_batch)
         forward_batch.lenvm_values = runner.values(states[compat.sampled_rows(forward_batch)])
-        queries: QueryBatch | None = getattr(forward_batch.sampling_info, "lenvm_queries", None)
-        if queries is not None and not queries.is_empty:
+        queries: QueryBatch = forward_batch.sampling_info.lenvm_queries
+        if not queries.is_empty:
             write_input_values(runner.values, states, output.logits_output, forward_batch, queries)
 
     def _prepare_sampling(self, _runner: Any, _logits_output: Any, forward_batch: Any) -> None:
+        if not _has_readers(forward_batch):
+            return
         values: Tensor | None = getattr(forward_batch, "lenvm_values", None)
         forward_batch.sampling_info.lenvm_step = self._guide.begin_step(forward_batch, values)
+
+
+def _has_readers(forward_batch: Any) -> bool:
+    readers: Readers | None = getattr(forward_batch.sampling_info, "lenvm_readers", None)  # None: a warm-up
+    return readers is not None and not readers.is_empty

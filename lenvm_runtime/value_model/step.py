@@ -17,6 +17,7 @@ from lenvm_runtime.control_batch import ControlBatch
 from lenvm_runtime.guidance import GuidedRows
 from lenvm_runtime.head_runner import INTERVAL
 from lenvm_runtime.input_values import QueryBatch
+from lenvm_runtime.readers import Readers
 from lenvm_runtime.response import CANDIDATES_KEY, PREDICTION_KEY, VALUE_KEY
 from lenvm_runtime.steering import (
     DeviceRows,
@@ -66,8 +67,8 @@ class ValueGuide:
     def begin_step(self, forward_batch: Any, state_values: Tensor | None) -> ValueStep:
         """What the sampler does with the batch of this step; ``state_values`` as in `ValueStep`."""
         sampling = forward_batch.sampling_info
-        control, queries = (getattr(sampling, name, None) for name in ("lenvm_control", "lenvm_queries"))
-        return ValueStep(self, control, queries, forward_batch, state_values)
+        readers, control, queries = sampling.lenvm_readers, sampling.lenvm_control, sampling.lenvm_queries
+        return ValueStep(self, readers, control, queries, forward_batch, state_values)
 
     def distribution(self, values: Tensor) -> Tensor:
         """Log-probabilities of the remaining length over the bins: [...] -> [..., NUM_BINS]."""
@@ -86,14 +87,15 @@ class ValueGuide:
 
 @dataclass
 class ValueStep:
-    """One step of a batch. ``state_values`` [rows]: V of every row's state; None until the value model has run it.
+    """One step of a batch. ``state_values`` [rows]: V of the readers' states; None until the value model has run them.
 
-    A prefill has run it before; a decode step runs it here, in one forward with the candidates.
+    A prefill has run every row's before; a decode step runs those here, in one forward with the candidates.
     """
 
     guide: ValueGuide
+    readers: Readers
     control: ControlBatch | None
-    queries: QueryBatch | None
+    queries: QueryBatch
     batch: Any
     state_values: Tensor | None
     prefilled: bool = field(init=False)
@@ -117,7 +119,7 @@ class ValueStep:
     def _answers(self, state_values: Tensor) -> dict[str, DeviceRows]:
         """What a prefill adds to the values: the prediction, and the values of asked-for next tokens."""
         answers = {PREDICTION_KEY: DeviceRows(self.guide.predictions(state_values))}
-        if self.queries is None or self.queries.is_empty:
+        if self.queries.is_empty:
             return answers
         ids, asked = self.queries.candidate_ids(state_values.device)
         scored = asked & (ids.unsqueeze(-1) != self.guide.eos_token_ids).all(-1)
@@ -144,10 +146,10 @@ class ValueStep:
         return steer_rows(logits, control, guided, sampling, guide.eos_token_ids, reweigh)
 
     def _run_candidates(self, guided: Tensor, candidate_ids: Tensor, scored: Tensor) -> Tensor:
-        """V of the guided rows' candidates [G, C], and of every row's state where that is still to be run."""
+        """V of the guided rows' candidates [G, C], and of the readers' states where they are still to be run."""
         if self.state_values is None:
             max_rows = sum(self._max_candidates(scored))
-            if len(self.batch.seq_lens) + max_rows <= self.guide.max_rows:
+            if len(self.readers.rows) + max_rows <= self.guide.max_rows:
                 return self._run_with_states(guided, candidate_ids, scored, max_rows)
             self._run_states()
         return self._score(guided, candidate_ids, scored, self._max_candidates(scored))
@@ -157,11 +159,10 @@ class ValueStep:
         self._run_with_states(nothing[:, 0], nothing, nothing.bool(), 0)
 
     def _run_with_states(self, guided: Tensor, candidate_ids: Tensor, scored: Tensor, max_rows: int) -> Tensor:
-        """V of the candidates [G, C], in one forward with every row's state."""
-        every = torch.arange(len(self.batch.seq_lens), device=guided.device)
-        rows = self._pack(every, guided, candidate_ids, scored, max_rows)
+        """V of the candidates [G, C], in one forward with the readers' states."""
+        rows = self._pack(self.readers.rows, self.readers.find(guided), candidate_ids, scored, max_rows)
         values = self.guide.runner.step(rows)
-        self.state_values = values[rows.first_rows]
+        self.state_values = self.readers.spread(values[rows.first_rows])
         return read_candidates(values, rows, scored)
 
     def _score(self, requests: Tensor, candidate_ids: Tensor, scored: Tensor, max_candidates: Sequence[int]) -> Tensor:

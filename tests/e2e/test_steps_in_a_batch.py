@@ -38,6 +38,8 @@ pytestmark = pytest.mark.e2e
 GAMMA = 0.99
 EOS = 2
 FIRST_BYTE = 3
+WITHOUT_VALUES: dict[str, Any] = {"values": False}
+"""Of a request that the LenVM does not run for."""
 CONTEXT = 512
 TOLERANCE = 2e-3
 """Of a probability: fp32 sums in another order, through exponents of up to a few hundred."""
@@ -379,11 +381,11 @@ async def test_what_a_control_cannot_honour_is_a_400_that_names_it(
 async def test_a_row_in_a_mixed_batch_samples_from_the_distribution_it_has_alone(
     engine: Engine, http: httpx.AsyncClient
 ) -> None:
-    """Every decode step of every row, while long generations without control run beside it."""
+    """Every decode step of every row, while long generations without control, one without values, run beside it."""
     before = len(engine.batch_sizes())
     long = [
-        asyncio.create_task(engine.generate(http, make_prompt(100 + i), None, max_new_tokens=150, ignore_eos=True))
-        for i in range(2)
+        asyncio.create_task(engine.generate(http, make_prompt(100 + i), params, max_new_tokens=150, ignore_eos=True))
+        for i, params in enumerate((None, WITHOUT_VALUES))
     ]
     while (await engine.load(http))["num_running_reqs"] < len(long):
         await asyncio.sleep(0.02)
@@ -402,8 +404,26 @@ async def test_a_row_in_a_mixed_batch_samples_from_the_distribution_it_has_alone
         engine.check_values(prompt, answer)
         engine.check_steps(prompt, answer, control, sampling)
         assert sampling is not WITHOUT_C or "c" not in answer["text"]
-    for i, answer in enumerate(beside):
-        engine.check_values(make_prompt(100 + i), answer)
+    engine.check_values(make_prompt(100), beside[0])
+    assert "lenvm_value" not in beside[1]["meta_info"]
+
+
+async def test_a_prompt_read_without_values_is_read_again_for_them(engine: Engine, http: httpx.AsyncClient) -> None:
+    """Its cached tokens have no keys of the LenVM. Each kind of request finds what its own kind has cached."""
+    prompt = make_prompt(50, 100)
+    kinds = (WITHOUT_VALUES, None, CONTROLS[5], WITHOUT_VALUES, {**CONTROLS[5], **WITHOUT_VALUES})
+    found = []
+    for lenvm in kinds:
+        answer = await engine.generate(http, prompt, lenvm, temperature=0.0)
+        found.append(answer["meta_info"]["cached_tokens"] > 0)
+        if lenvm is WITHOUT_VALUES:
+            assert "lenvm_value" not in answer["meta_info"]
+            engine.check_steps(prompt, answer, None, {"temperature": 0.0}, every=4)
+        elif "values" in (lenvm or {}):
+            engine.check_steps(prompt, answer, CONTROLS[5], {"temperature": 0.0}, every=4)
+        else:
+            engine.check_values(prompt, answer)
+    assert found == [False, False, True, True, True]
 
 
 async def test_candidate_values_survive_retraction(engine: Engine, http: httpx.AsyncClient) -> None:
@@ -433,7 +453,7 @@ async def test_candidate_values_survive_aborts_that_leave_no_slot(engine: Engine
     async def ask(number: int) -> None:
         nonlocal left
         prompt = make_prompt(0, 70 * rng.randrange(2)) + make_prompt(number, rng.randint(2, 20))
-        control, sampling = rng.choice((None, *CONTROLS)), {**rng.choice((*SAMPLINGS, LETTERS))}
+        control, sampling = rng.choice((None, WITHOUT_VALUES, *CONTROLS)), {**rng.choice((*SAMPLINGS, LETTERS))}
         sampling["max_new_tokens"] = rng.randint(1, 40)
         patience = rng.choice((None, None, rng.uniform(0.01, 1.0)))
         async with slots:

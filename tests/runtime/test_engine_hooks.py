@@ -19,6 +19,7 @@ from lenvm_kernels.length_control import Mode, Strategy  # noqa: E402
 from lenvm_kernels.value_bound import NO_MIN_VALUE  # noqa: E402
 from lenvm_runtime import compat, engine_hooks  # noqa: E402
 from lenvm_runtime.length_control import LengthControl, build_custom_params  # noqa: E402
+from lenvm_runtime.readers import Readers  # noqa: E402
 from lenvm_runtime.response import PREDICTION_KEY, VALUE_KEY  # noqa: E402
 from lenvm_runtime.value_model.hooks import ValueModelHooks  # noqa: E402
 
@@ -53,8 +54,10 @@ def test_the_request_table_is_held_until_the_value_model_has_run() -> None:
     """Of a decode step; and when its sampling was delayed for a grammar, on the scheduler's stream."""
     served = SimpleNamespace(war_fastpath_read_done_event="taken before the step has read the table")
     hooks = ValueModelHooks(SimpleNamespace(), 1000)  # type: ignore[arg-type]
-    hooks._extend(None, served, SimpleNamespace(forward_mode=ForwardMode.DECODE))
-    assert served.war_fastpath_read_done_event is None
+    for reads in (False, True):
+        sampling = SimpleNamespace(lenvm_readers=Readers.build([reads], "cpu"))
+        hooks._extend(None, served, SimpleNamespace(forward_mode=ForwardMode.DECODE, sampling_info=sampling))
+        assert (served.war_fastpath_read_done_event is None) == reads
 
     waited: list[str] = []
     scheduler = SimpleNamespace(
@@ -74,7 +77,7 @@ def request(control: LengthControl, predictions: list[list[float]] | None) -> An
     params = build_custom_params(control, values=True)
     sampling = SimpleNamespace(custom_params=params, top_k=-1, ignore_eos=False, stop_token_ids=None)
     info = None if predictions is None else {VALUE_KEY: [-0.5], PREDICTION_KEY: predictions}
-    return SimpleNamespace(sampling_params=sampling, origin_input_ids=[5, 6], customized_info=info)
+    return SimpleNamespace(sampling_params=sampling, origin_input_ids=[5, 6], customized_info=info, session=None)
 
 
 def test_a_retracted_scale_row_keeps_the_target_of_its_first_prefill() -> None:

@@ -31,7 +31,7 @@ def hooked(monkeypatch: pytest.MonkeyPatch, register: Callable[[], None]) -> Gen
 
 def request(lenvm: Any = None) -> Any:
     params = {} if lenvm is None else {"custom_params": {"lenvm": lenvm}}
-    return SimpleNamespace(sampling_params=params, input_ids=[5, 6])
+    return SimpleNamespace(sampling_params=params, input_ids=[5, 6], extra_key=None, session_params=None)
 
 
 def meta_info() -> dict[str, Any]:
@@ -47,10 +47,58 @@ async def generate(*_: Any) -> AsyncIterator[Any]:
 async def test_the_candidate_values_of_a_query_stay_out_of_its_neighbours_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    observe = hooked(monkeypatch, lambda: response_hooks.register(0.997, 2048))
+    observe = hooked(monkeypatch, lambda: response_hooks.register(0.997, 2048, False))
     events = [event async for event in observe(generate, MANAGER, request({"values": True}))]
     kept = {"id": "x", VALUE_KEY: [-0.5]}
     assert events == [{"meta_info": kept}, [{"meta_info": kept}, {"meta_info": kept}]]
+
+
+async def test_an_answer_without_values_shows_none_of_those_of_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    observe = hooked(monkeypatch, lambda: response_hooks.register(0.997, 2048, False))
+    events = [event async for event in observe(generate, MANAGER, request({"values": False}))]
+    assert events == [{"meta_info": {"id": "x"}}, [{"meta_info": {"id": "x"}}, {"meta_info": {"id": "x"}}]]
+
+
+APART = "|lenvm:without-values"
+OFF, ON = ({"custom_params": {"lenvm": {"values": values}}} for values in (False, True))
+GUIDED = {"custom_params": build_custom_params(LengthControl("tilt", beta=1.0), values=False)}
+NEUTRAL = {"custom_params": build_custom_params(LengthControl("tilt", beta=0.0), values=False)}
+
+
+@pytest.mark.parametrize(
+    ("params", "given", "parted"),
+    [
+        (OFF, None, APART),
+        (OFF, "salt", f"salt{APART}"),
+        (OFF, ["a", "b"], [f"a{APART}", f"b{APART}"]),
+        (NEUTRAL, None, APART),
+        (ON, None, None),
+        ({}, "salt", "salt"),
+        (None, None, None),
+        (GUIDED, None, None),
+        ({"custom_params": {"lenvm": {"values": False, "input_values": True}}}, None, None),
+        ([OFF, ON], None, [APART, None]),
+        ([OFF, GUIDED], ["a", "b"], [f"a{APART}", "b"]),
+        ([OFF, OFF], "salt", [f"salt{APART}"] * 2),
+    ],
+)
+def test_requests_without_the_separate_lenvm_have_a_prefix_cache_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, params: Any, given: Any, parted: Any
+) -> None:
+    def keys(is_separate: bool, session: Any = None) -> Any:
+        asked = SimpleNamespace(sampling_params=params, input_ids=None, extra_key=given, session_params=session)
+        hooked(monkeypatch, lambda: response_hooks.register(0.997, 2048, is_separate))(generate, MANAGER, asked)
+        return asked.extra_key
+
+    assert keys(True) == parted
+    assert keys(False) == given
+    assert keys(True, {"id": "s"}) == given
+
+
+def test_as_many_cache_keys_as_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = SimpleNamespace(sampling_params=[OFF, ON], input_ids=None, extra_key=["a"], session_params=None)
+    with pytest.raises(LengthControlError, match="extra_key: must be one key"):
+        hooked(monkeypatch, lambda: response_hooks.register(0.997, 2048, True))(generate, MANAGER, asked)
 
 
 async def test_a_choice_is_observed_and_keeps_the_values_of_a_neighbours_query_out(
@@ -59,7 +107,7 @@ async def test_a_choice_is_observed_and_keeps_the_values_of_a_neighbours_query_o
     async def generate_choice(*_: Any) -> AsyncIterator[Any]:
         yield {"index": 1, "meta_info": meta_info()}
 
-    observe = hooked(monkeypatch, lambda: response_hooks.register(0.997, 2048))
+    observe = hooked(monkeypatch, lambda: response_hooks.register(0.997, 2048, False))
     asked = request({"values": True})
     asked.lenvm_builder = ResponseBuilder(None, 0.997, 2048)
     async for event in observe(generate_choice, MANAGER, asked):
@@ -80,7 +128,9 @@ async def test_a_choice_is_observed_and_keeps_the_values_of_a_neighbours_query_o
 def test_what_nothing_reads_is_refused(
     monkeypatch: pytest.MonkeyPatch, with_lenvm: bool, lenvm: Any, field: str
 ) -> None:
-    register = (lambda: response_hooks.register(0.997, 2048)) if with_lenvm else response_hooks.register_without_lenvm
+    register = (
+        (lambda: response_hooks.register(0.997, 2048, False)) if with_lenvm else response_hooks.register_without_lenvm
+    )
     with pytest.raises(LengthControlError) as caught:
         hooked(monkeypatch, register)(generate, MANAGER, request(lenvm))
     assert caught.value.field.startswith(field)

@@ -9,7 +9,9 @@ from host_reads import HostReads, StepBatch, StubRunner, closing_tokens, count_h
 from lenvm_kernels.candidate_limits import limit_candidates
 from lenvm_kernels.candidates import TOP_K_ALL, Candidates, select_candidates
 from lenvm_runtime.control_batch import ControlBatch
+from lenvm_runtime.input_values import QueryBatch
 from lenvm_runtime.length_control import LengthControl
+from lenvm_runtime.readers import Readers
 from lenvm_runtime.response import VALUE_KEY
 from lenvm_runtime.value_model.packing import StepRows, pack_step, read_candidates, split_requests
 from lenvm_runtime.value_model.step import ValueGuide, ValueStep, scored_candidates
@@ -147,7 +149,8 @@ def test_the_value_model_runs_once_a_decode_step(controls: list[LengthControl | 
     step.batch.extend_seq_lens = torch.ones(num_reqs, dtype=torch.int64)
     control = ControlBatch.build(controls, [4] * num_reqs, [5] * num_reqs, "cpu")
     states = torch.full((num_reqs,), -0.1) if prefilled else None
-    ValueStep(guide, control, None, step.batch, states).steer(
+    readers = Readers.build([True] * num_reqs, "cpu")
+    ValueStep(guide, readers, control, QueryBatch(()), step.batch, states).steer(
         step.logits_output, step.sampling, step.batch.seq_lens - 1
     )
     assert runner.num_forwards == (control is not None if prefilled else 1)
@@ -186,7 +189,7 @@ def test_a_step_in_several_forwards_is_the_step_in_one(step_type: type[ValueStep
         step.batch.forward_mode = ForwardMode.EXTEND if prefilled else ForwardMode.DECODE
         step.batch.extend_seq_lens = torch.ones(16, dtype=torch.int64)
         states = torch.full((16,), -0.1) if prefilled else None
-        step_type(guide, step.control, None, step.batch, states).steer(
+        step_type(guide, step.readers, step.control, QueryBatch(()), step.batch, states).steer(
             step.logits_output, step.sampling, step.batch.seq_lens - 1
         )
         logits.append(step.logits_output.next_token_logits)
@@ -199,11 +202,47 @@ def test_a_step_in_several_forwards_is_the_step_in_one(step_type: type[ValueStep
     assert max(num_rows[1]) <= 70 < num_rows[0][0]
 
 
+@pytest.mark.parametrize("max_rows", [10_000, 70])
+def test_only_rows_that_need_the_lenvm_run_and_what_they_get_depends_on_no_other(max_rows: int) -> None:
+    def run(readers: Readers) -> tuple[torch.Tensor, list[float], int]:
+        torch.manual_seed(0)
+        runner, step = TokenRunner(), StepBatch(16, "cpu")
+        guide = ValueGuide(runner, [EOS], closing_tokens("cpu"), 1000, max_rows)  # type: ignore[arg-type]
+        ValueStep(guide, readers, step.control, QueryBatch(()), step.batch, None).steer(
+            step.logits_output, step.sampling, step.batch.seq_lens - 1
+        )
+        values = step.logits_output.customized_info[VALUE_KEY]
+        return step.logits_output.next_token_logits, [values[row] for row in range(16)], sum(runner.num_rows)
+
+    some = StepBatch(16, "cpu").readers
+    num_others = some.flags.count(False)
+    assert num_others > 0
+    logits, values, num_rows = run(some)
+    expected_logits, expected, all_rows = run(Readers.build([True] * 16, "cpu"))
+    assert torch.equal(logits, expected_logits)
+    assert values == [value if reads else 0.0 for value, reads in zip(expected, some.flags, strict=True)]
+    assert num_rows == all_rows - num_others
+
+
+def test_readers_follow_the_batch() -> None:
+    readers = Readers.build([True, False, True, True], "cpu")
+    assert not readers.is_empty
+    assert readers.find(torch.tensor([2, 3])).tolist() == [1, 2]
+    assert readers.spread(torch.tensor([0.5, 0.25, 0.125])).tolist() == [0.5, 0.0, 0.25, 0.125]
+    kept = readers.filter([3, 1])
+    assert kept.flags == (True, False)
+    assert kept.rows.tolist() == [0]
+    assert kept.concat(readers).rows.tolist() == [0, 2, 4, 5]
+    nobody = readers.filter([1])
+    assert nobody.is_empty
+    assert nobody.spread(torch.empty(0)).tolist() == [0.0]
+
+
 def test_a_step_in_several_forwards_reads_nothing_on_the_host() -> None:
     runner, step = TokenRunner("meta"), StepBatch(16, "meta")
     guide = ValueGuide(runner, [EOS], closing_tokens("meta"), 1000, 70)  # type: ignore[arg-type]
     with HostReads() as reads:
-        ValueStep(guide, step.control, None, step.batch, None).steer(
+        ValueStep(guide, step.readers, step.control, QueryBatch(()), step.batch, None).steer(
             step.logits_output, step.sampling, step.batch.seq_lens - 1
         )
     assert len(runner.num_rows) > 2
