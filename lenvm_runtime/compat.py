@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from sglang.srt import platforms
 from sglang.srt.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
+from sglang.srt.environ import envs
 from sglang.srt.layers.sampler import SGLANG_RETURN_ORIGINAL_LOGPROB, register_sampler_backend
 from sglang.srt.managers.utils import _async_d2h
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
@@ -296,6 +297,8 @@ def check_value_model_supported(server_args: Any) -> None:
         found = getattr(server_args, name)
         if found != neutral:
             raise CheckpointError(f"--{name.replace('_', '-')} {found}: does not work with a separate LenVM")
+    if envs.SGLANG_EXPERIMENTAL_CPP_RADIX_TREE.get():
+        raise CheckpointError("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE: does not work with a separate LenVM")
 
 
 def value_server_args(target: Any, backbone: str, context_length: int) -> Any:
@@ -345,11 +348,12 @@ def count_embeddings(model: str, trust_remote_code: bool) -> int:
 
 
 def needs_lenvm(req: Any) -> bool:
-    """Whether a request of SGLang's needs the LenVM.
+    """Whether a separate LenVM runs for a request of SGLang's.
 
-    One of a session does: the next of the session may, and goes on from its keys and values.
+    Unless it has been set apart in the prefix cache, others may go on from its keys and values.
     """
-    return req.session is not None or length_control.needs_lenvm(req.sampling_params.custom_params)
+    is_apart = length_control.WITHOUT_LENVM in (req.extra_key or "")
+    return not is_apart or length_control.needs_lenvm(req.sampling_params.custom_params)
 
 
 def load_vocabulary(model: str) -> dict[str, int]:

@@ -48,6 +48,8 @@ _FIELDS = (
     "min_value",
     "max_mean_value",
 )
+WITHOUT_LENVM = "lenvm:without-values"
+"""What the key of a request in SGLang's prefix cache holds if a separate LenVM does not run for it."""
 _WIRE_FIELD = "custom_params.lenvm"
 _FIELDS_BESIDE_CONTROL = ("values", "input_values", "candidates")
 

@@ -20,6 +20,7 @@ from fastapi.responses import ORJSONResponse
 
 from lenvm_runtime import compat
 from lenvm_runtime.length_control import (
+    WITHOUT_LENVM,
     LengthControl,
     LengthControlError,
     ValueQuery,
@@ -32,7 +33,6 @@ from lenvm_runtime.response import CANDIDATES_KEY, PREDICTION_KEY, VALUE_KEY, Re
 _BUILDER = "lenvm_builder"
 _CHOICE = re.compile(r'"choices":\[\{"index":(\d+),')
 _FINISHING = '"finish_reason":"'
-_WITHOUT_VALUES = "lenvm:without-values"
 
 
 def register(gamma: float, max_length: int, is_separate: bool) -> None:
@@ -78,8 +78,8 @@ def register(gamma: float, max_length: int, is_separate: bool) -> None:
             obj.return_logprob, obj.logprob_start_len = True, 0
             events = original(manager, obj, *args)
             return _answer_queries(events, queries, _input_ids(obj.input_ids, len(queries)), gamma, max_length)
-        hidden = _hidden_keys(params)
-        return _observe_events(original(manager, obj, *args), getattr(obj, _BUILDER, None), hidden)
+        shown = _shown_values(params)
+        return _observe_events(original(manager, obj, *args), getattr(obj, _BUILDER, None), shown)
 
     compat.around(compat.GENERATE, observe)
     for target in (compat.CHAT_STREAM, compat.COMPLETION_STREAM):
@@ -172,34 +172,44 @@ async def _answer_queries(
 
 
 def _part_prefix_caches(obj: Any) -> None:
-    """Give requests that do not need the LenVM a namespace of their own in SGLang's prefix cache."""
-    if obj.session_params is not None:
+    """Give requests that do not need the LenVM a namespace of their own in SGLang's prefix cache.
+
+    Those of a session share their keys and values without it, and an embedding request has no such cache.
+    """
+    if not hasattr(obj, "extra_key") or obj.session_params is not None:
         return
     apart = [not needs_lenvm(params.get("custom_params")) for params in _each(obj.sampling_params)]
-    if not any(apart):
-        return
     given = obj.extra_key
     keys = given if isinstance(given, list) else [given] * len(apart)
+    if any(WITHOUT_LENVM in (key or "") for key in keys):
+        raise LengthControlError("extra_key", f"must not contain {WITHOUT_LENVM!r}")
+    if not any(apart):
+        return
     if len(apart) == 1:
         apart = apart * len(keys)
     if len(apart) != len(keys):
         raise LengthControlError("extra_key", "must be one key, or one for each input")
-    parted = [f"{key or ''}|{_WITHOUT_VALUES}" if own else key for key, own in zip(keys, apart, strict=True)]
+    parted = [f"{key or ''}|{WITHOUT_LENVM}" if own else key for key, own in zip(keys, apart, strict=True)]
     obj.extra_key = parted if isinstance(given, list) or len(parted) > 1 else parted[0]
 
 
-def _hidden_keys(sampling_params: Any) -> tuple[str, ...]:
-    """What an answer does not show: SGLang gives every row of a batch what one of them asked for."""
-    shown = all(wants_values(params.get("custom_params")) for params in _each(sampling_params))
-    return (CANDIDATES_KEY,) if shown else (CANDIDATES_KEY, VALUE_KEY, PREDICTION_KEY)
+def _shown_values(sampling_params: Any) -> Callable[[int], bool]:
+    """Whether the answer of an index shows values: the ``n`` answers of an input follow each other."""
+    each = _each(sampling_params)
+    if len(each) < 2:  # one for all inputs
+        shown = all(wants_values(params.get("custom_params")) for params in each)
+        return lambda _: shown
+    wanted = [wants_values(params.get("custom_params")) for params in each for _ in range(params.get("n") or 1)]
+    return wanted.__getitem__
 
 
 async def _observe_events(
-    events: AsyncGenerator[Any, None], builder: ResponseBuilder | None, hidden: tuple[str, ...]
+    events: AsyncGenerator[Any, None], builder: ResponseBuilder | None, shows_values: Callable[[int], bool]
 ) -> AsyncGenerator[Any, None]:
-    """``hidden``: keys of ``meta_info`` to drop."""
+    """Drops what an answer did not ask for: SGLang gives every row of a batch what one of them asked for."""
     async for event in events:
-        for answer in _answers(event):
+        for index, answer in enumerate(_answers(event), start=0 if isinstance(event, list) else event.get("index", 0)):
+            hidden = (CANDIDATES_KEY,) if shows_values(index) else (CANDIDATES_KEY, VALUE_KEY, PREDICTION_KEY)
             for key in hidden:
                 answer["meta_info"].pop(key, None)
         if builder is not None:

@@ -92,19 +92,16 @@ static Linear as_linear(const Projection& p) {
 void lenvm_linear(const bf16* x, bf16* out, int64_t num_rows, const Projection* projection, int32_t num_threads) {
   static thread_local Scratch scratch;
   const Linear w = as_linear(*projection);
-  while (num_rows > 0) {
-    const int64_t rows = std::min(num_rows, kRowsOfScratch);
+  for (int64_t begin = 0; begin < num_rows; begin += kRowsOfScratch) {
+    const int64_t rows = std::min(num_rows - begin, kRowsOfScratch);
     bf16* input = Scratch::reserve(scratch.input, rows, w.num_inputs);
     float* wide = reserve_inputs(scratch.wide, rows, w.num_inputs);
-    std::copy_n(x, rows * w.num_inputs, input);
+    std::copy_n(x + begin * w.num_inputs, rows * w.num_inputs, input);
 #pragma omp parallel num_threads(num_threads)
     {
       const TileScope tiles;
-      linear({input, rows, w.num_inputs}, w, wide, out);
+      linear({input, rows, w.num_inputs}, w, wide, out + begin * w.num_outputs);
     }
-    x += rows * w.num_inputs;
-    out += rows * w.num_outputs;
-    num_rows -= rows;
   }
 }
 
@@ -114,19 +111,25 @@ void lenvm_project_qkv(const bf16* x, bf16* residual, bf16* qkv, int64_t num_row
   static thread_local Scratch scratch;
   const Linear w = as_linear(*projection);
   const int64_t dim = w.num_inputs, half = rotation->rotary_dim / 2, width = rotation->head_dim;
-  bf16* normed = Scratch::reserve(scratch.normed, num_rows, dim);
-  float* wide = reserve_inputs(scratch.wide, num_rows, dim);
+  for (int64_t begin = 0; begin < num_rows; begin += kRowsOfScratch) {
+    const int64_t rows = std::min(num_rows - begin, kRowsOfScratch);
+    const bf16* in = x + begin * dim;
+    bf16* sum = residual ? residual + begin * dim : nullptr;
+    bf16* out = qkv + begin * w.num_outputs;
+    bf16* normed = Scratch::reserve(scratch.normed, rows, dim);
+    float* wide = reserve_inputs(scratch.wide, rows, dim);
 #pragma omp parallel num_threads(num_threads)
-  {
-    const TileScope tiles;
+    {
+      const TileScope tiles;
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < num_rows; ++r)
-      rms_norm_row(x + r * dim, residual ? residual + r * dim : nullptr, norm->weight, normed + r * dim, dim, norm->eps);
-    linear({normed, num_rows, dim}, w, wide, qkv);
+      for (int64_t r = 0; r < rows; ++r)
+        rms_norm_row(in + r * dim, sum ? sum + r * dim : nullptr, norm->weight, normed + r * dim, dim, norm->eps);
+      linear({normed, rows, dim}, w, wide, out);
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < num_rows; ++r) {
-      const bf16* cos = rotation->cos_sin + rotation->positions[r] * rotation->rotary_dim;
-      rotate_row(qkv + r * w.num_outputs, rotation->num_heads + rotation->num_kv_heads, width, cos, cos + half, half);
+      for (int64_t r = 0; r < rows; ++r) {
+        const bf16* cos = rotation->cos_sin + rotation->positions[begin + r] * rotation->rotary_dim;
+        rotate_row(out + r * w.num_outputs, rotation->num_heads + rotation->num_kv_heads, width, cos, cos + half, half);
+      }
     }
   }
 }

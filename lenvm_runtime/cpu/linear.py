@@ -39,8 +39,8 @@ class PackedWeight:
 
     def apply(self, _layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        return self._product(rows, bias).view(*x.shape[:-1], -1)
+        product = self._product(x.reshape(-1, x.shape[-1]).contiguous(), bias)
+        return product.view(*x.shape[:-1], product.shape[-1])
 
 
 class PackedLinearMethod(PackedWeight, UnquantizedLinearMethod):

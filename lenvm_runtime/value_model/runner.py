@@ -22,8 +22,8 @@ class ValueModelRunner(ModelRunner):
     """Loads a separate LenVM and runs it on the served model's requests.
 
     Both models cache their keys and values of a token at the same slot id, each in buffers of its own, so that
-    prefix reuse, chunked prefill, retraction and abort need no bookkeeping here: `extend` must see every prefill of
-    the served model, `step` every decode.
+    prefix reuse, chunked prefill, retraction and abort need no bookkeeping here: of each request that needs its values,
+    `extend` must see every prefill and `step` every decode.
     """
 
     def __init__(self, source: ValueModelSource, target: ModelRunner) -> None:

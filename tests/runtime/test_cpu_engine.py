@@ -23,7 +23,7 @@ def bf16_products():
 
 
 @pytest.mark.usefixtures("bf16_products")
-@pytest.mark.parametrize("rows", [1, 2, 7, 32, 100])
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 32, 100])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_packed_products_are_those_of_torch(rows, with_bias):
     torch.manual_seed(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from lenvm_kernels import torchvision_schema
@@ -77,7 +78,15 @@ def request(control: LengthControl, predictions: list[list[float]] | None) -> An
     params = build_custom_params(control, values=True)
     sampling = SimpleNamespace(custom_params=params, top_k=-1, ignore_eos=False, stop_token_ids=None)
     info = None if predictions is None else {VALUE_KEY: [-0.5], PREDICTION_KEY: predictions}
-    return SimpleNamespace(sampling_params=sampling, origin_input_ids=[5, 6], customized_info=info, session=None)
+    return SimpleNamespace(sampling_params=sampling, origin_input_ids=[5, 6], customized_info=info, extra_key=None)
+
+
+@pytest.mark.parametrize("key", [None, "salt", "|lenvm:without-values", "salt|lenvm:without-valueslora"])
+@pytest.mark.parametrize("values", [False, True])
+def test_the_lenvm_runs_for_all_but_those_that_lie_apart_in_the_prefix_cache(key: str | None, values: bool) -> None:
+    params = SimpleNamespace(custom_params=build_custom_params(None, values))
+    reads = compat.needs_lenvm(SimpleNamespace(sampling_params=params, extra_key=key))
+    assert reads == (values or "without-values" not in (key or ""))
 
 
 def test_a_retracted_scale_row_keeps_the_target_of_its_first_prefill() -> None:

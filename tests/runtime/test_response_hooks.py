@@ -95,6 +95,33 @@ def test_requests_without_the_separate_lenvm_have_a_prefix_cache_of_their_own(
     assert keys(True, {"id": "s"}) == given
 
 
+@pytest.mark.parametrize("params", [OFF, ON])
+def test_a_client_cannot_name_that_prefix_cache(monkeypatch: pytest.MonkeyPatch, params: Any) -> None:
+    asked = SimpleNamespace(sampling_params=params, input_ids=None, extra_key=f"x{APART}", session_params=None)
+    with pytest.raises(LengthControlError, match="extra_key: must not contain"):
+        hooked(monkeypatch, lambda: response_hooks.register(0.997, 2048, True))(generate, MANAGER, asked)
+
+
+def test_an_embedding_request_goes_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = SimpleNamespace(sampling_params={"max_new_tokens": 0}, input_ids=[5])
+    hooked(monkeypatch, lambda: response_hooks.register(0.997, 2048, True))(generate, MANAGER, asked)
+    assert not hasattr(asked, "extra_key")
+
+
+async def test_each_answer_of_a_list_shows_what_its_own_request_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answers(*_: Any) -> AsyncIterator[Any]:
+        yield [{"meta_info": meta_info()} for _ in range(4)]
+        yield {"index": 1, "meta_info": meta_info()}
+        yield {"index": 2, "meta_info": meta_info()}
+
+    observe = hooked(monkeypatch, lambda: response_hooks.register(0.997, 2048, False))
+    asked = SimpleNamespace(sampling_params=[{**ON, "n": 2}, {**OFF, "n": 2}], input_ids=None)
+    batch, second, third = [event async for event in observe(answers, MANAGER, asked)]
+    assert [VALUE_KEY in answer["meta_info"] for answer in batch] == [True, True, False, False]
+    assert VALUE_KEY in second["meta_info"]
+    assert VALUE_KEY not in third["meta_info"]
+
+
 def test_as_many_cache_keys_as_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = SimpleNamespace(sampling_params=[OFF, ON], input_ids=None, extra_key=["a"], session_params=None)
     with pytest.raises(LengthControlError, match="extra_key: must be one key"):

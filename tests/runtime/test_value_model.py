@@ -256,3 +256,9 @@ def test_an_option_that_does_not_work_with_it_is_named(served_runner: Any) -> No
     server_args.enable_dp_attention = True
     with pytest.raises(CheckpointError, match="--enable-dp-attention"):
         compat.check_value_model_supported(server_args)
+
+
+def test_a_prefix_cache_without_keys_apart_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE", "1")
+    with pytest.raises(CheckpointError, match="SGLANG_EXPERIMENTAL_CPP_RADIX_TREE"):
+        compat.check_value_model_supported(SimpleNamespace(**compat._UNSUPPORTED_WITH_VALUE_MODEL))
