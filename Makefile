@@ -1,4 +1,4 @@
-# make serve | make test: set everything up, then serve or test. Variables: HOST PORT PRESET MODEL LENVM SGLANG_ARGS.
+# make serve | make test: set everything up, then serve or test. Variables: HOST PORT PRESET MODEL LENVM LENVM_INT8 SGLANG_ARGS.
 include $(if $(PRESET),$(or $(wildcard deploy/models/$(PRESET).env),$(error PRESET=$(PRESET): not one of $(sort $(basename $(notdir $(wildcard deploy/models/*.env)))))))
 PYTHON ?= python3
 HOST ?= 127.0.0.1
@@ -29,7 +29,7 @@ setup: $(INSTALLED)
 	@touch $@
 
 serve: $(INSTALLED)
-	@exec $(BIN)/lenvm serve --host "$(HOST)" --port "$(PORT)" --model "$(MODEL)" --lenvm "$(LENVM)" -- $(SGLANG_ARGS)
+	@exec $(BIN)/lenvm serve --host "$(HOST)" --port "$(PORT)" --model "$(MODEL)" --lenvm "$(LENVM)" $(if $(LENVM_INT8),--lenvm-int8) -- $(SGLANG_ARGS)
 
 # One thread a process: two workers whose threads wait for each other's cores are slower than one.
 test: $(INSTALLED)

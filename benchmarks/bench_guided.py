@@ -20,7 +20,7 @@ over decode steps, ``*_PART_ms`` the mean host time of a part of the decode step
 (`lenvm_runtime.step_times`; what is left of ``*_step_ms`` is scheduling and prefill). ``host_syncs_per_step`` counts
 the operators in this project's part of a decode step that make the host wait for a device (`host_reads.py`).
 
-    python benchmarks/bench_guided.py [--quick] [--json FILE] [--model M --lenvm L --head H] [-- SGLANG ARGUMENTS]
+    python benchmarks/bench_guided.py [--quick] [--json FILE] [--lenvm-int8] [--model M --lenvm L --head H] [-- ARGUMENTS]
 
 Without --model: the default model, its shipped head, and a separate LenVM of the same size.
 """
@@ -95,6 +95,7 @@ class Setting:
     model: str | None
     head: Path | None
     lenvm: Path
+    in_int8: bool
     engine_arguments: tuple[str, ...]
     concurrency: int
     num_tokens: int
@@ -109,6 +110,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--model", help="model folder or hub name, with --lenvm and perhaps --head")
     parser.add_argument("--lenvm", help="separate LenVM, folder or hub name")
+    parser.add_argument("--lenvm-int8", action="store_true", help="the separate LenVM in int8")
     parser.add_argument("--head", help="head folder; without one the head's kinds are left out")
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--tokens", type=int, help="tokens an answer")
@@ -133,6 +135,7 @@ def setting(parsed: argparse.Namespace) -> Iterator[Setting]:
             model=parsed.model,
             head=find_folder(parsed.head) if parsed.head else None,
             lenvm=find_folder(parsed.lenvm) if parsed.lenvm else make_lenvm(_new_folder(Path(folder))),
+            in_int8=parsed.lenvm_int8,
             engine_arguments=tuple(parsed.engine_arguments),
             concurrency=parsed.concurrency,
             num_tokens=parsed.tokens or (32 if parsed.quick else 128),
@@ -161,7 +164,8 @@ def measure(chosen: Setting) -> dict[str, float]:
     for lenvm, kinds in runs:
         if torch.cuda.is_available():
             os.environ[WITHOUT_PLUGIN] = "1" if lenvm is NO_HEAD else "0"
-        config = ServeConfig("127.0.0.1", 8000, chosen.model, lenvm, chosen.engine_arguments)
+        in_int8 = chosen.in_int8 and kinds is LENVM_KINDS
+        config = ServeConfig("127.0.0.1", 8000, chosen.model, lenvm, chosen.engine_arguments, in_int8)
         with running_engine(config) as (_, url):
             asyncio.run(measure_engine(url, kinds, chosen, times, greedy))
     steps = [json.loads(line) for line in chosen.step_times.read_text().splitlines()]

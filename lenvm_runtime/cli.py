@@ -64,6 +64,11 @@ def _build_parser(added: list[str]) -> argparse.ArgumentParser:
         default="",
         help="LenVM by folder or hub name: a head, a checkpoint or an adapter (default: the shipped head)",
     )
+    command.add_argument(
+        "--lenvm-int8",
+        action="store_true",
+        help="on a CPU: round the weights of a separate LenVM to int8, which is faster and less exact",
+    )
     command.add_argument("engine_arguments", nargs="*", help="after --: SGLang's own arguments")
     command.set_defaults(run=_serve)
 
@@ -82,6 +87,7 @@ def _serve(parsed: argparse.Namespace) -> int:
         model=parsed.model or None,
         head=find_folder(parsed.lenvm) if parsed.lenvm else None,
         engine_arguments=tuple(parsed.engine_arguments),
+        in_int8=parsed.lenvm_int8,
     )
     return serve.serve(config)
 

@@ -30,7 +30,7 @@ def _load(config: PluginConfig) -> None:
     _register_cpu_engine()
     tool_calls.register()
     grammar_errors.register()
-    _register_lenvm(config.head)
+    _register_lenvm(config.head, config.in_int8)
     if config.step_times is not None:
         from lenvm_runtime import step_times
 
@@ -39,10 +39,12 @@ def _load(config: PluginConfig) -> None:
         compat.register_sampler(backend, _create_sampler)
 
 
-def _register_lenvm(folder: Path | None) -> None:
+def _register_lenvm(folder: Path | None, in_int8: bool) -> None:
     """Register the hooks for the kind of LenVM in ``folder``, or those of an engine without one."""
     from lenvm_runtime import engine_hooks, response_hooks
 
+    if in_int8 and (folder is None or find_kind(folder) is LenVMKind.HEAD):
+        raise ValueError("LENVM_INT8: is read with a separate LenVM only")
     if folder is None:
         response_hooks.register_without_lenvm()
         return
@@ -56,7 +58,7 @@ def _register_lenvm(folder: Path | None) -> None:
 
     source = read_source(folder)
     max_length = int(length_from_value(-1.0, source.gamma))
-    ValueModelHooks(source, max_length).register()
+    ValueModelHooks(source, max_length, in_int8).register()
     response_hooks.register(source.gamma, max_length, is_separate=True)
 
 

@@ -22,9 +22,9 @@ from types import FrameType
 
 import httpx
 
-from lenvm_kernels.checkpoint_files import find_kind
+from lenvm_kernels.checkpoint_files import LenVMKind, find_kind
 from lenvm_runtime import default_model
-from lenvm_runtime.config import CUSTOM_LOGIT_PROCESSOR
+from lenvm_runtime.config import CUSTOM_LOGIT_PROCESSOR, IN_INT8
 
 SHIPPED_HEAD = Path(__file__).parent / "heads" / default_model.MODEL_NAME
 DEFAULT_MODEL_ARGUMENTS = {
@@ -49,7 +49,8 @@ class ServeConfig:
     """What to serve where. ``model`` or ``head`` None: the default model, the shipped head for it.
 
     ``head`` is the folder of a LenVM of any kind (`lenvm_kernels.checkpoint_files`); NO_HEAD: no length values,
-    no length control. Raises ValueError (CheckpointError) for what cannot be served.
+    no length control. ``in_int8``: the weights of a separate LenVM are rounded. Raises ValueError (CheckpointError) for
+    what cannot be served.
     """
 
     host: str
@@ -57,12 +58,15 @@ class ServeConfig:
     model: str | None
     head: Path | None
     engine_arguments: tuple[str, ...] = ()
+    in_int8: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.port < 65536:
             raise ValueError(f"port: must be from 1 to 65535, got {self.port}")
         if self.head is not None and self.head != NO_HEAD:
-            find_kind(self.head)
+            kind = find_kind(self.head)
+        if self.in_int8 and (self.head in (None, NO_HEAD) or kind is LenVMKind.HEAD):
+            raise ValueError("lenvm-int8: is for a separate LenVM, a checkpoint or an adapter")
         if self.model is not None and self.head is None:
             raise ValueError("lenvm: a model other than the default needs its own LenVM")
         for argument in self.engine_arguments:
@@ -135,6 +139,7 @@ def running_engine(config: ServeConfig) -> Iterator[tuple[subprocess.Popen[bytes
     _say(f"starting the engine (log: {log})")
     environment = {
         "LENVM_HEAD": str(head) if head else "",
+        IN_INT8: "1" if config.in_int8 else "",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_engine_threads())),
         "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS": "0",
     }

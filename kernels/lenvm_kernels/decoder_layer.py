@@ -3,6 +3,9 @@
 The decoder layer stands for six operators of the serving engine's own and gives what they give: sums in fp32, rounded
 to bf16 where the separate operators round. A row's result does not depend on the other rows or on the thread count, to
 the last bit.
+
+Weights may be rounded to int8 (`quantize`), the rows that meet them too: x q by its row's greatest, w by that of its
+output, ``y = s_x s_w sum(q_x q_w)`` with ``s = max|.| / 127``; everything else stays as it is.
 """
 
 import ctypes
@@ -27,33 +30,62 @@ def available() -> bool:
     return cpp_library.available(SOURCE) and bool(_library().lenvm_decoder_layer_runs_here())
 
 
+def runs_in_int8() -> bool:
+    """Whether the kernel is built for a CPU that multiplies bytes (AVX-512 VNNI)."""
+    return available() and bool(_library().lenvm_decoder_layer_runs_in_int8())
+
+
 def fits(weight: Tensor) -> bool:
     """Whether a weight [outputs, inputs] can be packed."""
     return weight.dtype == torch.bfloat16 and weight.dim() == 2 and all(size % BLOCK == 0 for size in weight.shape)
 
 
-def pack(weight: Tensor) -> Tensor:
-    """Lay a weight [outputs, inputs] out as tiles.
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight [outputs, inputs] as the kernel reads it; ``scales``, ``sums`` [outputs]: of one in int8."""
+
+    data: Tensor
+    scales: Tensor | None
+    sums: Tensor | None
+    num_inputs: int
+    num_outputs: int
+
+
+def pack(weight: Tensor) -> PackedWeight:
+    """Lay a bf16 weight [outputs, inputs] out as tiles.
 
     -> [outputs / 32, inputs / 32, 2, 16 pairs of inputs, 16 outputs, 2].
     """
     outputs, inputs = weight.shape
     tiles = weight.detach().view(outputs // BLOCK, 2, TILE, inputs // BLOCK, TILE, 2)
-    return tiles.permute(0, 3, 1, 4, 2, 5).contiguous()
+    return PackedWeight(tiles.permute(0, 3, 1, 4, 2, 5).contiguous(), None, None, inputs, outputs)
 
 
-def pack_gated(weight: Tensor) -> Tensor:
-    """As `pack`, for rows ``[gate, up]``: every block of 32 outputs holds 16 of the gate, then their 16 of up."""
+def quantize(weight: Tensor) -> PackedWeight:
+    """Round a bf16 weight [outputs, inputs] to int8, each output by its greatest: -> [outputs / 32, inputs / 4, 32, 4].
+
+    ``sums`` are 128 times those over the inputs: what inputs that lie 128 higher add.
+    """
+    outputs, inputs = weight.shape
+    wide = weight.detach().float()
+    scales = wide.abs().amax(1) / 127
+    rounded = (wide / scales.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)).round().to(torch.int8)
+    blocks = rounded.view(outputs // BLOCK, BLOCK, inputs // 4, 4).transpose(1, 2).contiguous()
+    return PackedWeight(blocks, scales, 128 * rounded.sum(1, dtype=torch.int32), inputs, outputs)
+
+
+def order_gated(weight: Tensor) -> Tensor:
+    """Reorder rows ``[gate, up]``: every 32 outputs are 16 of the gate, then their 16 of up."""
     outputs, inputs = weight.shape
     halves = weight.detach().view(2, outputs // BLOCK, TILE, inputs)
-    return pack(halves.transpose(0, 1).reshape(outputs, inputs))
+    return halves.transpose(0, 1).reshape(outputs, inputs)
 
 
 class _Projection(ctypes.Structure):
     """Mirror of `Projection` in decoder_layer.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "scales", "sums")),
         *((name, ctypes.c_int64) for name in ("num_inputs", "num_outputs")),
     )
 
@@ -90,10 +122,10 @@ class Weights:
 
 
 class PackedLinear:
-    """``x W^T + b`` of a weight [outputs, inputs] that `fits`, packed once."""
+    """``x W^T + b`` of a weight [outputs, inputs] that `fits`, packed once; ``in_int8``: rounded (`quantize`)."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self._packed = pack(weight)
+    def __init__(self, weight: Tensor, in_int8: bool = False) -> None:
+        self._packed = quantize(weight) if in_int8 else pack(weight)
         self._outputs, self._inputs = weight.shape
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -107,10 +139,13 @@ class PackedLinear:
 
 
 class DecoderLayer:
-    """One layer with its weights packed. ``eps`` is added to the mean square in both norms."""
+    """One layer with its weights packed. ``eps`` is added to the mean square in both norms; ``in_int8``: `quantize`."""
 
-    def __init__(self, weights: Weights, num_heads: int, num_kv_heads: int, head_dim: int, eps: float) -> None:
-        packed = pack(weights.qkv), pack(weights.output), pack_gated(weights.gate_up), pack(weights.down)
+    def __init__(
+        self, weights: Weights, num_heads: int, num_kv_heads: int, head_dim: int, eps: float, in_int8: bool = False
+    ) -> None:
+        projections = weights.qkv, weights.output, order_gated(weights.gate_up), weights.down
+        packed = [quantize(weight) if in_int8 else pack(weight) for weight in projections]
         self._kept = weights.norm, weights.mlp_norm, weights.qkv_bias, packed  # the structure holds addresses
         self._shape = head_dim, num_heads, num_kv_heads
         self._dim, self._width, self._attended = weights.qkv.shape[1], weights.qkv.shape[0], weights.output.shape[1]
@@ -201,9 +236,10 @@ class DecoderLayer:
         return _Rotation(positions.data_ptr(), cos_sin.data_ptr(), cos_sin.shape[1], *self._shape)
 
 
-def _projection(packed: Tensor, bias: Tensor | None) -> _Projection:
-    address = None if bias is None else bias.data_ptr()
-    return _Projection(packed.data_ptr(), address, packed.shape[1] * BLOCK, packed.shape[0] * BLOCK)
+def _projection(packed: PackedWeight, bias: Tensor | None) -> _Projection:
+    tensors = (packed.data, bias, packed.scales, packed.sums)
+    addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    return _Projection(*addresses, packed.num_inputs, packed.num_outputs)
 
 
 def _check(rows: Tensor, width: int) -> int:
@@ -222,6 +258,7 @@ def _attention_kernel() -> ctypes.c_void_p:
 def _library() -> ctypes.CDLL:
     library = cpp_library.load(SOURCE)
     library.lenvm_decoder_layer_runs_here.restype = ctypes.c_int32
+    library.lenvm_decoder_layer_runs_in_int8.restype = ctypes.c_int32
     if library.lenvm_decoder_layer_runs_here():
         address, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
         structures = (_Norm, _Projection, _Rotation, _Layer, Problem)

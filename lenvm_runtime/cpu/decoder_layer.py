@@ -28,12 +28,15 @@ CLASSES = (LlamaDecoderLayer, Qwen2DecoderLayer)
 ROTARY_CLASSES = (RotaryEmbedding, Llama3RotaryEmbedding)
 
 
-def fuse_decoder_layers(model: Any) -> None:
-    """Let every decoder layer that the kernel can stand for run it; the unpacked weights of those are released."""
+def fuse_decoder_layers(model: Any, in_int8: bool = False) -> None:
+    """Let every decoder layer that the kernel can stand for run it; the unpacked weights of those are released.
+
+    ``in_int8``: with weights rounded to int8.
+    """
     if not decoder_layer.available():
         return
     for layer in filter(can_fuse, model.modules()):
-        layer.forward = FusedDecoderLayer(layer).forward
+        layer.forward = FusedDecoderLayer(layer, in_int8).forward
 
 
 def can_fuse(layer: Any) -> bool:
@@ -72,7 +75,7 @@ def _is_plain(linear: Any) -> bool:
 class FusedDecoderLayer:
     """The forward of one decoder layer, from its modules' weights."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, in_int8: bool = False) -> None:
         qkv, output, gate_up, down = _linears(layer)
         attention, norm, mlp_norm = layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm
         self._rotary, self._attention = attention.rotary_emb, attention.attn
@@ -85,6 +88,7 @@ class FusedDecoderLayer:
             attention.num_kv_heads,
             attention.head_dim,
             norm.variance_epsilon,
+            in_int8,
         )
         for linear in _linears(layer):
             linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lenvm_kernels import decoder_layer
 from lenvm_kernels.checkpoint_files import CheckpointError
 from lenvm_runtime import compat
 from lenvm_runtime.closing import closing_tokens
@@ -28,8 +29,9 @@ class ValueModelHooks:
     * those requests' decode steps are run in our sampler, when candidates can be told from the masked logits.
     """
 
-    def __init__(self, source: ValueModelSource, max_length: int) -> None:
+    def __init__(self, source: ValueModelSource, max_length: int, in_int8: bool = False) -> None:
         self._source = source
+        self._in_int8 = in_int8
         self._max_length = max_length
         self._guide: Any = None
 
@@ -54,6 +56,8 @@ class ValueModelHooks:
             served = compat.load_vocabulary(server_args.tokenizer_path)
             num_embeddings = compat.count_embeddings(backbone, server_args.trust_remote_code)
             check_vocabulary(compat.load_vocabulary(backbone), served, num_embeddings)
+            if self._in_int8:
+                check_runs_in_int8(server_args)
         except CheckpointError as error:
             raise SystemExit(f"lenvm: this LenVM cannot be served beside this model: {error}") from None
 
@@ -63,7 +67,7 @@ class ValueModelHooks:
 
         target = compat.target_runner(scheduler)
         with compat.random_state_kept(target):  # the served model's tokens for a seed stay stock SGLang's
-            runner = ValueModelRunner(self._source, target)
+            runner = ValueModelRunner(self._source, target, self._in_int8)
         closing = closing_tokens(compat.token_texts(target.server_args.tokenizer_path), target.model_config.vocab_size)
         max_rows = max(target.server_args.chunked_prefill_size, MAX_ROWS)
         self._guide = ValueGuide(runner, compat.eos_token_ids(scheduler), closing, self._max_length, max_rows)
@@ -99,6 +103,12 @@ class ValueModelHooks:
             return
         values: Tensor | None = getattr(forward_batch, "lenvm_values", None)
         forward_batch.sampling_info.lenvm_step = self._guide.begin_step(forward_batch, values)
+
+
+def check_runs_in_int8(server_args: Any) -> None:
+    """Raise CheckpointError where a value model cannot be rounded to int8."""
+    if server_args.device != "cpu" or not decoder_layer.runs_in_int8():
+        raise CheckpointError("int8 needs a CPU with AVX-512 VNNI and a C++ compiler")
 
 
 def _has_readers(forward_batch: Any) -> bool:

@@ -26,12 +26,15 @@ class ValueModelRunner(ModelRunner):
     `extend` must see every prefill and `step` every decode.
     """
 
-    def __init__(self, source: ValueModelSource, target: ModelRunner) -> None:
-        """Load the model, beside ``target``. Raises CheckpointError where it does not fit the served model."""
+    def __init__(self, source: ValueModelSource, target: ModelRunner, in_int8: bool = False) -> None:
+        """Load the model, beside ``target``; ``in_int8``: with weights rounded (`lenvm_runtime.cpu.linear`).
+
+        Raises CheckpointError where it does not fit the served model.
+        """
         compat.check_value_model_supported(target.server_args)
         backbone = source.find_backbone(target.server_args.model_path, target.server_args.served_model_name)
         server_args = compat.value_server_args(target.server_args, backbone, target.model_config.context_len)
-        self.source = source
+        self.source, self.in_int8 = source, in_int8
         with compat.published_server_args(server_args):
             config = compat.value_model_config(server_args)
             _prepare_config(config.hf_config, source)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import httpx
 import pytest
 import torch
 
+from lenvm_kernels import decoder_layer
 from lenvm_kernels.checkpoint import load_value_head
 from lenvm_runtime.length_control import ValueQuery
 from lenvm_runtime.serve import ServeConfig, Stack, free_port, running_stack
@@ -23,6 +25,8 @@ pytestmark = pytest.mark.e2e
 # Both sides run in bf16 with sums in another order (see test_values.py).
 MAX_VALUE_ERROR = 0.05
 MEAN_VALUE_ERROR = 0.01
+MEAN_ROUNDING_ERROR = 0.05
+"""Of values in int8."""
 
 MAX_TOTAL_TOKENS = 480
 SHARED_PREFIX = "Here is a list of words: " + ", ".join(f"word{i}" for i in range(24)) + ". "
@@ -77,6 +81,17 @@ class Engine:
         assert errors.mean() < MEAN_VALUE_ERROR
 
 
+@contextmanager
+def running(
+    lenvm_folder: Path, reference_model: tuple[Any, Any], arguments: dict[str, str], in_int8: bool = False
+) -> Iterator[Engine]:
+    flat = tuple(part for pair in arguments.items() for part in pair)
+    model, tokenizer = reference_model
+    head = load_value_head(lenvm_folder, model.config.hidden_size)
+    with running_stack(ServeConfig("127.0.0.1", free_port(), None, lenvm_folder, flat, in_int8)) as stack:
+        yield Engine(stack, model, tokenizer, head)
+
+
 @pytest.fixture(scope="module")
 def engine(lenvm_folder: Path, reference_model: tuple[Any, Any]) -> Iterator[Engine]:
     arguments = {
@@ -86,11 +101,8 @@ def engine(lenvm_folder: Path, reference_model: tuple[Any, Any]) -> Iterator[Eng
         "--max-running-requests": "8",
         "--schedule-conservativeness": "0.1",  # admits more than fits, so that requests are retracted
     }
-    flat = tuple(part for pair in arguments.items() for part in pair)
-    model, tokenizer = reference_model
-    head = load_value_head(lenvm_folder, model.config.hidden_size)
-    with running_stack(ServeConfig("127.0.0.1", free_port(), None, lenvm_folder, flat)) as stack:
-        yield Engine(stack, model, tokenizer, head)
+    with running(lenvm_folder, reference_model, arguments) as started:
+        yield started
 
 
 @pytest.fixture
@@ -204,3 +216,20 @@ async def test_the_gateway_serves_it(engine: Engine, http: httpx.AsyncClient, mo
         f"{engine.gateway_url}/v1/length/predict", json={"model": model_name, "messages": messages}
     )
     assert predicted.json()["expected"] == pytest.approx(choice["lenvm"]["prediction"]["expected"], rel=0.2)
+
+
+@pytest.mark.skipif(not decoder_layer.runs_in_int8(), reason="needs AVX-512 VNNI")
+async def test_in_int8_the_served_model_is_the_same_and_values_are_near(
+    engine: Engine, http: httpx.AsyncClient, lenvm_folder: Path, reference_model: tuple[Any, Any]
+) -> None:
+    prompts = [engine.prompt(f"Tell me something about the number {i}.") for i in range(4)]
+    exact = [await engine.generate(http, prompt, None, temperature=0.0) for prompt in prompts]
+    with running(lenvm_folder, reference_model, {"--max-total-tokens": "2048"}, in_int8=True) as rounded:
+        answers = [await rounded.generate(http, prompt, None, temperature=0.0) for prompt in prompts]
+    errors = torch.cat([_values(answer) - _values(other) for answer, other in zip(answers, exact, strict=True)])
+    assert [answer["output_ids"] for answer in answers] == [answer["output_ids"] for answer in exact]
+    assert 0 < errors.abs().mean() < MEAN_ROUNDING_ERROR
+
+
+def _values(answer: dict[str, Any]) -> torch.Tensor:
+    return torch.tensor(answer["meta_info"]["lenvm_value"])

@@ -45,10 +45,22 @@ def normal(*shape, seed=0, scale=1.0):
     return (torch.randn(*shape, generator=generator) * scale).bfloat16()
 
 
+def rounded_product(x, weight, bias=None):
+    """The product of inputs and weights that are rounded to a 127th of their row's greatest."""
+    greatest = x.float().abs().amax(1, keepdim=True)
+    weight_scales = weight.float().abs().amax(1, keepdim=True) / 127
+    a = (x.float() * torch.full_like(greatest, 127.0).div(greatest.clamp_min(1e-30))).round()
+    b = (weight.float() / weight_scales.clamp_min(1e-30)).round()
+    sums = a.double() @ b.double().T * (greatest / 127 * weight_scales.T)
+    return (sums if bias is None else sums + bias).bfloat16()
+
+
 class Layer:
     """A layer's weights, and its two halves by the kernel and by torch."""
 
-    def __init__(self, with_bias=False, rotary_dim=HEAD_DIM):
+    def __init__(self, with_bias=False, rotary_dim=HEAD_DIM, in_int8=False):
+        self.product = rounded_product if in_int8 else functional.linear
+        self.in_int8 = in_int8
         width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
         self.qkv, self.bias = normal(width, DIM, seed=1, scale=DIM**-0.5), normal(width, seed=2) if with_bias else None
         self.output = normal(DIM, HEADS * HEAD_DIM, seed=3, scale=0.1)
@@ -60,7 +72,7 @@ class Layer:
         weights = decoder_layer.Weights(
             self.norm_weight, self.qkv, self.bias, self.output, self.norm_weight, self.gate_up, self.down
         )
-        self.packed = decoder_layer.DecoderLayer(weights, HEADS, KV_HEADS, HEAD_DIM, EPS)
+        self.packed = decoder_layer.DecoderLayer(weights, HEADS, KV_HEADS, HEAD_DIM, EPS, self.in_int8)
 
     def project(self, x, residual, positions):
         return self.packed.project_qkv(x, residual, positions, self.cos_sin)
@@ -75,15 +87,15 @@ class Layer:
 
     def native_project(self, x, residual, positions):
         normed, total = self.native_norm(x, residual)
-        product = functional.linear(normed, self.qkv, self.bias)
+        product = self.product(normed, self.qkv, self.bias)
         rotated = product[:, : (HEADS + KV_HEADS) * HEAD_DIM].contiguous()
         layers.rotate(positions, rotated[:, : HEADS * HEAD_DIM], rotated[:, HEADS * HEAD_DIM :], self.cos_sin, HEAD_DIM)
         return torch.cat([rotated, product[:, rotated.shape[1] :]], dim=-1), total
 
     def native_finish(self, attention, residual):
-        normed, total = self.native_norm(functional.linear(attention, self.output), residual)
-        gate, up = functional.linear(normed, self.gate_up).chunk(2, dim=-1)
-        return functional.linear(functional.silu(gate) * up, self.down), total
+        normed, total = self.native_norm(self.product(attention, self.output), residual)
+        gate, up = self.product(normed, self.gate_up).chunk(2, dim=-1)
+        return self.product(functional.silu(gate) * up, self.down), total
 
 
 def inputs(rows):
@@ -91,30 +103,53 @@ def inputs(rows):
     return normal(rows, DIM, seed=8), normal(rows, DIM, seed=9, scale=3.0), positions
 
 
+@pytest.fixture(params=[False, True], ids=["bf16", "int8"])
+def in_int8(request):
+    if request.param and not decoder_layer.runs_in_int8():
+        pytest.skip("needs AVX-512 VNNI")
+    return request.param
+
+
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("rotary_dim", [HEAD_DIM, 16])
-def test_project_qkv(rows, with_bias, with_residual, rotary_dim):
-    layer = Layer(with_bias, rotary_dim)
+def test_project_qkv(rows, with_bias, with_residual, rotary_dim, in_int8):
+    layer = Layer(with_bias, rotary_dim, in_int8)
     x, residual, positions = inputs(rows)
     expected, total = layer.native_project(x, residual if with_residual else None, positions)
     before = x.clone()
     qkv = layer.project(x, residual if with_residual else None, positions)
-    torch.testing.assert_close(qkv, expected, rtol=2**-7, atol=2**-5)
+    # an input that rounds the other way moves a sum by a 127th of the row's greatest times a weight
+    torch.testing.assert_close(qkv, expected, rtol=2**-7, atol=2**-4 if in_int8 else 2**-5)
     assert torch.equal(x, before)
     if with_residual:
         assert torch.equal(residual, total)
 
 
 @pytest.mark.parametrize("rows", ROWS)
-def test_project_and_mlp(rows):
-    layer = Layer()
+def test_project_and_mlp(rows, in_int8):
+    layer = Layer(in_int8=in_int8)
     attention, residual = normal(rows, HEADS * HEAD_DIM, seed=10), inputs(rows)[1]
     expected, total = layer.native_finish(attention, residual)
     out = layer.finish(attention, residual)
     torch.testing.assert_close(residual, total, rtol=2**-7, atol=2**-6)
-    torch.testing.assert_close(out, expected, rtol=2**-6, atol=2**-5)
+    torch.testing.assert_close(out, expected, rtol=2**-6, atol=2**-3 if in_int8 else 2**-5)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear_in_int8(rows, with_bias):
+    if not decoder_layer.runs_in_int8():
+        pytest.skip("needs AVX-512 VNNI")
+    weight, bias = normal(320, DIM, seed=1, scale=DIM**-0.5), normal(320, seed=2) if with_bias else None
+    weight[7] = 0
+    x = normal(rows, DIM, seed=8)
+    x[rows // 2] = 0
+    out = decoder_layer.PackedLinear(weight, in_int8=True)(x, bias)
+    torch.testing.assert_close(out, rounded_product(x, weight, bias), rtol=2**-7, atol=2**-8)
+    exact = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert (out - exact).norm() <= 0.02 * exact.norm()
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -145,8 +180,8 @@ def test_gates_of_any_size(size):
     torch.testing.assert_close(out, expected, rtol=2**-6, atol=float(expected.abs().max()) * 2**-7)
 
 
-def test_a_row_depends_on_no_other_row_and_on_no_thread_count():
-    layer = Layer(with_bias=True)
+def test_a_row_depends_on_no_other_row_and_on_no_thread_count(in_int8):
+    layer = Layer(with_bias=True, in_int8=in_int8)
     x, residual, positions = inputs(600)
     attention = normal(600, HEADS * HEAD_DIM, seed=10)
     qkv, out = layer.project(x, residual.clone(), positions), layer.finish(attention, residual.clone())
@@ -161,8 +196,8 @@ def test_a_row_depends_on_no_other_row_and_on_no_thread_count():
         torch.set_num_threads(threads)
 
 
-def test_not_a_number_stays_in_its_row():
-    layer = Layer()
+def test_not_a_number_stays_in_its_row(in_int8):
+    layer = Layer(in_int8=in_int8)
     x, residual, positions = inputs(20)
     x[3, 5] = torch.nan
     qkv = layer.project(x, residual.clone(), positions)
@@ -229,8 +264,8 @@ def test_rows_that_the_kernel_would_misread_are_refused(rows):
 
 def test_packing_keeps_every_weight_once():
     weight = torch.arange(64 * 96).view(64, 96).to(torch.int32)
-    for packed in (decoder_layer.pack(weight), decoder_layer.pack_gated(weight)):
-        assert torch.equal(packed.flatten().sort().values, weight.flatten())
+    for packed in (decoder_layer.pack(weight), decoder_layer.pack(decoder_layer.order_gated(weight))):
+        assert torch.equal(packed.data.flatten().sort().values, weight.flatten())
 
 
 def test_fits_asks_for_whole_tiles():

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from lenvm_kernels import decoder_layer, layers, torchvision_schema
+from lenvm_kernels.checkpoint_files import CheckpointError
 
 torchvision_schema.declare_if_missing()
 
@@ -120,6 +121,39 @@ def test_fused_layer_gives_what_the_layer_gives(layer_class, rows, is_first):
     out, residual = layer(positions, x, 0.5, residual)
     torch.testing.assert_close(residual, total, rtol=2**-7, atol=2**-6)
     torch.testing.assert_close(out, expected, rtol=2**-6, atol=2**-5)
+
+
+@pytest.fixture
+def int8():
+    if not decoder_layer.runs_in_int8():
+        pytest.skip("needs AVX-512 VNNI")
+
+
+@pytest.mark.usefixtures("int8")
+@pytest.mark.parametrize("layer_class", [LlamaDecoderLayer, Qwen2DecoderLayer])
+def test_a_fused_layer_in_int8_is_near_the_layer(layer_class):
+    layer = make_layer(layer_class, with_bias=layer_class is Qwen2DecoderLayer)
+    x, positions = torch.randn(40, DIM).bfloat16(), torch.arange(40)
+    expected, total = native_forward(layer, positions, x, 0.5, None)
+    fuse_decoder_layers(make_model(layer), in_int8=True)
+    out, residual = layer(positions, x, 0.5, None)
+    for found, exact in ((residual, total), (out, expected)):
+        assert 0 < (found.float() - exact.float()).norm() < 0.03 * exact.float().norm()
+
+
+@pytest.mark.usefixtures("int8")
+def test_every_linear_layer_is_rounded_or_none():
+    layer = make_layer(OtherLayer)
+    x = torch.randn(3, DIM).bfloat16()
+    expected = functional.linear(x, layer.self_attn.qkv_proj.weight)
+    pack_linear_layers(make_model(layer), in_int8=True)
+    out = layer.self_attn.qkv_proj.quant_method.apply(layer.self_attn.qkv_proj, x)
+    assert 0 < (out - expected).float().norm() < 0.03 * expected.float().norm()
+
+    layer = make_layer(OtherLayer)
+    layer.mlp.down_proj.weight.data = layer.mlp.down_proj.weight.float()
+    with pytest.raises(CheckpointError, match=r"mlp\.down_proj: only plain bf16 layers"):
+        pack_linear_layers(make_model(layer), in_int8=True)
 
 
 def test_unpacked_weights_are_released_and_not_packed_again():

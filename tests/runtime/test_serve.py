@@ -25,6 +25,8 @@ from tiny_lenvm import save_model
         ["serve", "--port", "many"],
         ["serve", "--lenvm", "/no/such/folder"],
         ["serve", "--lenvm", "none"],
+        ["serve", "--lenvm-int8"],
+        ["serve", "--lenvm-int8", "--lenvm", str(serve.SHIPPED_HEAD)],
         ["serve", "--", "--enable-custom-logit-processor"],
         ["serve", "--", "--enable-custom-logit"],
         ["serve", "--no-such-flag"],
@@ -152,6 +154,13 @@ def test_a_failing_plugin_ends_the_engine_with_a_clear_message() -> None:
     assert result.returncode != 0
     assert "lenvm: the SGLang plugin cannot start" in result.stderr
     assert "/no/such/head: no such folder" in result.stderr
+
+
+@pytest.mark.parametrize("head", ["", str(serve.SHIPPED_HEAD)])
+def test_an_engine_without_a_separate_lenvm_does_not_start_in_int8(head: str) -> None:
+    result = launch_engine("--model-path", "x", LENVM_HEAD=head, LENVM_INT8="1")
+    assert result.returncode != 0
+    assert "LENVM_INT8: is read with a separate LenVM only" in result.stderr
 
 
 def test_a_group_that_was_killed_is_gone() -> None:
