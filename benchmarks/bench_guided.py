@@ -20,7 +20,7 @@ over decode steps, ``*_PART_ms`` the mean host time of a part of the decode step
 (`lenvm_runtime.step_times`; what is left of ``*_step_ms`` is scheduling and prefill). ``host_syncs_per_step`` counts
 the operators in this project's part of a decode step that make the host wait for a device (`host_reads.py`).
 
-    python benchmarks/bench_guided.py [--quick] [--json FILE] [--lenvm-int8] [--model M --lenvm L --head H] [-- ARGUMENTS]
+    python benchmarks/bench_guided.py [--quick] [--json FILE] [--lenvm-int8] [--model M --lenvm L --head H] [-- ARGS]
 
 Without --model: the default model, its shipped head, and a separate LenVM of the same size.
 """
