@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lenvm_kernels import torchvision_schema
+from lenvm_kernels import decoder_layer, torchvision_schema
 from lenvm_kernels.checkpoint import Head, load_head, save_head
 from lenvm_kernels.checkpoint_files import CheckpointError
 from lenvm_kernels.heads import CandidateHead, HeadConfig, ValueHead, join_features
@@ -90,6 +90,28 @@ def test_states_are_those_of_a_plain_forward(model: Any, tmp_path: Path) -> None
         assert states.next_token[state] == row["output_token_ids"][position]
         assert states.remaining[state] == len(row["output_token_ids"]) - position
         assert prefix.shape[1] == prompt_len + position
+
+
+@pytest.mark.skipif(not decoder_layer.available(), reason="needs a C++ compiler and AVX-512")
+def test_states_in_bf16_are_those_of_torchs_products(model: Any, tmp_path: Path) -> None:
+    rows, rounded = rollouts(4, seed=1), copy.deepcopy(model).bfloat16()
+    before = rounded(torch.tensor([[5, 9, 10]])).logits
+    packed: list[torch.Size] = []
+
+    class Product(decoder_layer.PackedLinear):
+        def __init__(self, weight: torch.Tensor) -> None:
+            packed.append(weight.shape)
+            super().__init__(weight)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder_layer, "PackedLinear", Product)
+        found = extract_states(rounded, rows, LAYERS, 1.0, tmp_path)
+        patch.setattr(decoder_layer, "available", lambda: False)
+        expected = extract_states(rounded, rows, LAYERS, 1.0, tmp_path / "torch")
+    for name in ("final", "layers"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=2**-5, atol=2**-5)
+    assert len(packed) == 14
+    assert torch.equal(rounded(torch.tensor([[5, 9, 10]])).logits, before)
 
 
 def test_a_state_is_kept_whatever_comes_after_it() -> None:

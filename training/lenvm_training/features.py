@@ -16,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ import torch
 from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from lenvm_kernels import decoder_layer
 from lenvm_training.rollouts import FINISHED, TRUNCATED
 
 SHARD_ROLLOUTS = 256
@@ -82,10 +84,11 @@ def extract_states(
     processes = PartialState()
     processes.wait_for_everyone()  # until all have seen the same files
     missing = missing[processes.process_index :: processes.num_processes]
-    for start in tqdm(range(0, len(missing), SHARD_ROLLOUTS), desc="states", unit="shard"):
-        shard = missing[start : start + SHARD_ROLLOUTS]
-        states = _concat(list(_shard_states(model, shard, layers, share, seed)))
-        _write_shard(folder, fingerprint, states, [key for key, _ in shard])
+    with packed_products(model.base_model) if missing else nullcontext():
+        for start in tqdm(range(0, len(missing), SHARD_ROLLOUTS), desc="states", unit="shard"):
+            shard = missing[start : start + SHARD_ROLLOUTS]
+            states = _concat(list(_shard_states(model, shard, layers, share, seed)))
+            _write_shard(folder, fingerprint, states, [key for key, _ in shard])
     processes.wait_for_everyone()
     return _load_states(_shard_paths(folder, fingerprint), wanted)
 
@@ -190,6 +193,32 @@ def _batch_states(
             censored=torch.full_like(kept, row["finish_reason"] == TRUNCATED, dtype=torch.bool),
             rollout=torch.full_like(kept, index),
         )
+
+
+@contextmanager
+def packed_products(model: nn.Module) -> Iterator[None]:
+    """Run a model's bf16 linear layers by `lenvm_kernels.decoder_layer`, on CPUs where that runs."""
+    linears = [module for module in model.modules() if type(module) is nn.Linear and _can_pack(module)]
+    for linear in linears:
+        linear.forward = _packed_forward(linear)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        for linear in linears:
+            del linear.forward
+
+
+def _can_pack(linear: nn.Linear) -> bool:
+    return linear.weight.device.type == "cpu" and decoder_layer.fits(linear.weight) and decoder_layer.available()
+
+
+def _packed_forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    product = decoder_layer.PackedLinear(linear.weight)
+
+    def forward(x: Tensor) -> Tensor:
+        return product(x.reshape(-1, linear.in_features), linear.bias).view(*x.shape[:-1], linear.out_features)
+
+    return forward
 
 
 class capture_layers:
