@@ -13,6 +13,7 @@ LenVM, and control changes the distribution that is sampled from.
     states        a separate LenVM, no request under control: one row a request and step
     k5, k15       a separate LenVM, every request under control, top-k 5 and 15
     lenvm_idle    a separate LenVM, no request asks for values: it does not run
+    int8_*        the separate LenVM in int8, on a CPU that multiplies bytes
 
 ``*_over_plain`` are ratios of wall-clock time (smaller is better), ``idle_plugin_over_stock`` (a head) and
 ``idle_lenvm_over_stock`` (a separate LenVM) of throughput (larger is better), ``*_step_ms`` wall clock
@@ -20,7 +21,7 @@ over decode steps, ``*_PART_ms`` the mean host time of a part of the decode step
 (`lenvm_runtime.step_times`; what is left of ``*_step_ms`` is scheduling and prefill). ``host_syncs_per_step`` counts
 the operators in this project's part of a decode step that make the host wait for a device (`host_reads.py`).
 
-    python benchmarks/bench_guided.py [--quick] [--json FILE] [--lenvm-int8] [--model M --lenvm L --head H] [-- ARGS]
+    python benchmarks/bench_guided.py [--quick] [--json FILE] [--model M --lenvm L --head H] [-- SGLANG ARGUMENTS]
 
 Without --model: the default model, its shipped head, and a separate LenVM of the same size.
 """
@@ -43,6 +44,7 @@ from typing import Any
 
 import httpx
 
+from lenvm_kernels import decoder_layer
 from lenvm_runtime.config import WITHOUT_PLUGIN
 from lenvm_runtime.length_control import LengthControl, build_custom_params
 from lenvm_runtime.serve import NO_HEAD, ServeConfig, running_engine
@@ -77,6 +79,7 @@ LENVM_KINDS = (
     Kind("k15", CONTROL, 15),
     Kind("lenvm_idle", values=False),
 )
+INT8_KINDS = (Kind("int8_states"), Kind("int8_k5", CONTROL, 5))
 
 
 Round = tuple[float, float]
@@ -95,7 +98,6 @@ class Setting:
     model: str | None
     head: Path | None
     lenvm: Path
-    in_int8: bool
     engine_arguments: tuple[str, ...]
     concurrency: int
     num_tokens: int
@@ -110,7 +112,6 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--model", help="model folder or hub name, with --lenvm and perhaps --head")
     parser.add_argument("--lenvm", help="separate LenVM, folder or hub name")
-    parser.add_argument("--lenvm-int8", action="store_true", help="the separate LenVM in int8")
     parser.add_argument("--head", help="head folder; without one the head's kinds are left out")
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--tokens", type=int, help="tokens an answer")
@@ -135,7 +136,6 @@ def setting(parsed: argparse.Namespace) -> Iterator[Setting]:
             model=parsed.model,
             head=find_folder(parsed.head) if parsed.head else None,
             lenvm=find_folder(parsed.lenvm) if parsed.lenvm else make_lenvm(_new_folder(Path(folder))),
-            in_int8=parsed.lenvm_int8,
             engine_arguments=tuple(parsed.engine_arguments),
             concurrency=parsed.concurrency,
             num_tokens=parsed.tokens or (32 if parsed.quick else 128),
@@ -160,12 +160,14 @@ def measure(chosen: Setting) -> dict[str, float]:
     runs: list[tuple[Path | None, tuple[Kind, ...]]] = [(NO_HEAD, (PLAIN,))]
     if chosen.model is None or chosen.head:
         runs.append((chosen.head, HEAD_KINDS))
-    runs += [(chosen.lenvm, LENVM_KINDS), (NO_HEAD, (PLAIN,))]
+    runs.append((chosen.lenvm, LENVM_KINDS))
+    if not torch.cuda.is_available() and decoder_layer.runs_in_int8():
+        runs.append((chosen.lenvm, INT8_KINDS))
+    runs.append((NO_HEAD, (PLAIN,)))
     for lenvm, kinds in runs:
         if torch.cuda.is_available():
             os.environ[WITHOUT_PLUGIN] = "1" if lenvm is NO_HEAD else "0"
-        in_int8 = chosen.in_int8 and kinds is LENVM_KINDS
-        config = ServeConfig("127.0.0.1", 8000, chosen.model, lenvm, chosen.engine_arguments, in_int8)
+        config = ServeConfig("127.0.0.1", 8000, chosen.model, lenvm, chosen.engine_arguments, kinds is INT8_KINDS)
         with running_engine(config) as (_, url):
             asyncio.run(measure_engine(url, kinds, chosen, times, greedy))
     steps = [json.loads(line) for line in chosen.step_times.read_text().splitlines()]
@@ -271,6 +273,8 @@ def to_figures(seconds: dict[str, float], chosen: Setting) -> dict[str, float]:
         "candidate_head_over_plain": "head",
         "values_only_over_plain": "values",
         "lenvm_values_over_plain": "states",
+        "guided_over_plain_k5_int8": "int8_k5",
+        "lenvm_values_over_plain_int8": "int8_states",
     }
     figures = {key: seconds[name] / plain for key, name in ratios.items() if name in seconds}
     idle = {"idle_plugin_over_stock": "head_idle", "idle_lenvm_over_stock": "lenvm_idle"}
