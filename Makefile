@@ -29,7 +29,7 @@ setup: $(INSTALLED)
 	@touch $@
 
 serve: $(INSTALLED)
-	@exec $(BIN)/lenvm serve --host "$(HOST)" --port "$(PORT)" --model "$(MODEL)" --lenvm "$(LENVM)" $(if $(LENVM_INT8),--lenvm-int8) -- $(SGLANG_ARGS)
+	@exec $(BIN)/lenvm serve --host "$(HOST)" --port "$(PORT)" --model "$(MODEL)" --lenvm "$(LENVM)" $(if $(filter-out 0,$(LENVM_INT8)),--lenvm-int8) -- $(SGLANG_ARGS)
 
 # One thread a process: two workers whose threads wait for each other's cores are slower than one.
 test: $(INSTALLED)

@@ -31,8 +31,11 @@ class PluginConfig:
     @classmethod
     def from_environment(cls) -> PluginConfig:
         head, step_times = os.environ.get("LENVM_HEAD"), os.environ.get("LENVM_STEP_TIMES")
+        in_int8 = os.environ.get(IN_INT8, "")
+        if in_int8 not in ("", "0", "1"):
+            raise ValueError(f"{IN_INT8}: must be 0 or 1, got {in_int8!r}")
         return cls(
             head=Path(head) if head else None,
             step_times=Path(step_times) if step_times else None,
-            in_int8=os.environ.get(IN_INT8) == "1",
+            in_int8=in_int8 == "1",
         )

@@ -156,6 +156,12 @@ def test_a_failing_plugin_ends_the_engine_with_a_clear_message() -> None:
     assert "/no/such/head: no such folder" in result.stderr
 
 
+def test_an_engine_refuses_what_it_would_not_take_for_int8() -> None:
+    result = launch_engine("--model-path", "x", LENVM_INT8="yes")
+    assert result.returncode != 0
+    assert "LENVM_INT8: must be 0 or 1, got 'yes'" in result.stderr
+
+
 @pytest.mark.parametrize("head", ["", str(serve.SHIPPED_HEAD)])
 def test_an_engine_without_a_separate_lenvm_does_not_start_in_int8(head: str) -> None:
     result = launch_engine("--model-path", "x", LENVM_HEAD=head, LENVM_INT8="1")
