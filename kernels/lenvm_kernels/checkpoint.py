@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from lenvm_kernels.checkpoint_files import CANDIDATE_FILE, CONFIG_FILE, VALUE_FILE, CheckpointError
 from lenvm_kernels.heads import CandidateHead, HeadConfig, ValueHead
@@ -74,7 +74,8 @@ def save_head(head: Head, folder: Path, dtype: torch.dtype = torch.float32) -> N
 
 
 def _save(module: ValueHead | CandidateHead, path: Path, prefix: str, dtype: torch.dtype) -> None:
-    save_file({prefix + name: tensor.to(dtype).contiguous() for name, tensor in module.state_dict().items()}, path)
+    state = {prefix + name: tensor.to(dtype).contiguous() for name, tensor in module.state_dict().items()}
+    path.write_bytes(save(state))  # save_file gives no one else leave to read it
 
 
 def _load(module: ValueHead | CandidateHead, path: Path, prefix: str) -> None:

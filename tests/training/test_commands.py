@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -237,6 +239,30 @@ def test_the_environments_model_is_that_of_its_engine_alone(
         monkeypatch.setenv(experiment_steps.ENGINE_URL, url)
         assert commands.rollouts([*new, f"rollouts.engine_url={url}"]) == 0
         assert refusal(capsys, "rollouts", new).startswith("gone/model: neither a folder nor a model of the hub")
+
+
+def test_the_first_signal_finishes_what_is_under_way_and_the_second_does_not(
+    files: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never_ends(*_: Any, stop: asyncio.Event, **__: Any) -> int:
+        os.kill(os.getpid(), number)
+        await asyncio.wait_for(stop.wait(), 5)
+        os.kill(os.getpid(), number)
+        await asyncio.sleep(5)
+        pytest.fail("the second signal did nothing")
+
+    monkeypatch.setattr(experiment_steps, "sample_rollouts", never_ends)
+    assert commands.prompts([files, "prompts.self_made=0"]) == 0
+    new = ["rollouts.out=a.jsonl", "rollouts.eval_out=b.jsonl"]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before = signal.getsignal(number)
+        assert commands.rollouts([files, "rollouts.engine_url=http://127.0.0.1:9", *new]) == 130
+        said = capsys.readouterr().err.splitlines()
+        assert said[-2:] == [
+            "lenvm: finishing the completions under way; a second signal drops them, the long ones most of all",
+            "lenvm rollouts: stopped; run the same command again to go on",
+        ]
+        assert signal.getsignal(number) == before
 
 
 def test_every_held_out_completion_is_evaluated(files: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -242,6 +242,7 @@ def test_training_learns_and_the_folder_round_trips(model: Any, tmp_path: Path) 
     assert card.text.strip().startswith("# LenVM head for tiny")
     assert described_data(folder / "README.md").startswith("190 finished of 200 completions of 40 prompts")
     assert json.loads((folder / "figures.json").read_text()) == figures
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "who may read the card may read the weights"
     loaded = load_head(folder)
     assert loaded.config == CONFIG
     features = torch.randn(3, CONFIG.num_features)

@@ -6,7 +6,8 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -56,6 +57,8 @@ from lenvm_training.rollouts import (
 from lenvm_training.self_prompts import TURN, EmptyTurnEncoder, prompts_from_turns
 from lenvm_training.targets import DiscountedReturn
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAID_ON_STOP = "finishing the completions under way; a second signal drops them, the long ones most of all"
 TEMPLATE_DOMAINS = ("short_long", "requested")
 ENGINE_URL, SERVED_MODEL = "LENVM_ENGINE_URL", "LENVM_MODEL"
 EVERYTHING = DataSettings((), max_tokens=sys.maxsize)
@@ -185,26 +188,48 @@ async def _sample(
     beginnings: Beginnings | None = None,
 ) -> int:
     settings = _rollout_settings(experiment)
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    added = await sample_rollouts(
-        prompts,
-        encoder,
-        _engine_url(experiment),
-        path,
-        samples,
-        sampling,
-        settings.concurrency,
-        settings.seed,
-        settings.api,
-        Retry(timeout_s=settings.timeout_s),
-        stop=stop,
-        beginnings=beginnings,
-    )
+    with _stopped_by_signals() as stop:
+        added = await sample_rollouts(
+            prompts,
+            encoder,
+            _engine_url(experiment),
+            path,
+            samples,
+            sampling,
+            settings.concurrency,
+            settings.seed,
+            settings.api,
+            Retry(timeout_s=settings.timeout_s),
+            stop=stop,
+            beginnings=beginnings,
+        )
     if stop.is_set():
         raise KeyboardInterrupt
     return added
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[asyncio.Event]:
+    """What the first SIGINT or SIGTERM sets; raises KeyboardInterrupt where the second interrupts the caller's task."""
+    loop, task, stop = asyncio.get_running_loop(), asyncio.current_task(), asyncio.Event()
+    assert task is not None
+
+    def stop_or_cancel() -> None:
+        if stop.is_set():
+            task.cancel()
+        else:
+            say(SAID_ON_STOP)
+        stop.set()
+
+    for number in STOP_SIGNALS:
+        loop.add_signal_handler(number, stop_or_cancel)
+    try:
+        yield stop
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+    finally:
+        for number in STOP_SIGNALS:
+            loop.remove_signal_handler(number)
 
 
 def _rollout_settings(experiment: Experiment) -> RolloutSettings:
