@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ torchvision_schema.declare_if_missing()
 from huggingface_hub import ModelCard  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+from lenvm_training import features as features_module  # noqa: E402
 from lenvm_training.evaluation import _remaining_errors, evaluate_head  # noqa: E402
 from lenvm_training.features import StateTable, _kept_positions, _stored_rows, extract_states  # noqa: E402
 from lenvm_training.head_losses import length_nll  # noqa: E402
@@ -165,6 +166,26 @@ def test_only_the_rows_that_are_missing_are_computed(model: Any, tmp_path: Path)
             )
     shared, own = len(rows), len(few) + len(rows)
     assert sum(counts) == shared + own
+
+
+def test_a_run_that_is_stopped_loses_one_forward(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rollouts(8, 1)
+    monkeypatch.setattr(features_module, "MAX_BATCH_TOKENS", 400)
+    with counted_rows(model) as counts:
+        hook = model.base_model.register_forward_hook(lambda *_: interrupt() if len(counts) == 3 else None)
+        with pytest.raises(KeyboardInterrupt):
+            extract_states(model, rows, LAYERS, 0.3, tmp_path / "stopped")
+    hook.remove()
+    with counted_rows(model) as again:
+        assert_same(
+            extract_states(model, rows, LAYERS, 0.3, tmp_path / "stopped"),
+            extract_states(model, rows, LAYERS, 0.3, tmp_path / "whole"),
+        )
+    assert sum(counts[:2]) + sum(again) == 2 * len(rows)
+
+
+def interrupt() -> NoReturn:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("change", ["layers", "share", "seed", "weights", "config", "tokens", "finish_reason"])

@@ -1,4 +1,4 @@
-"""States of rollouts, read off by a plain transformers forward of the served model, in resumable shards.
+"""States of rollouts, read off by a plain transformers forward of the served model, in a shard a forward.
 
 Of each completion the prompt boundary is kept and, with the same probability for all, each later position: a choice
 that looked at the completion's length would make states of short answers count for more than they do in decoding, and
@@ -32,7 +32,7 @@ from tqdm import tqdm
 from lenvm_kernels import decoder_layer
 from lenvm_training.rollouts import FINISHED, TRUNCATED
 
-SHARD_ROLLOUTS = 256
+SORTED_ROLLOUTS = 256
 MAX_BATCH_TOKENS = 8192
 WEIGHT_SAMPLES = 1024
 ROWS_KEY = "rows"
@@ -84,11 +84,12 @@ def extract_states(
     processes = PartialState()
     processes.wait_for_everyone()  # until all have seen the same files
     missing = missing[processes.process_index :: processes.num_processes]
-    with packed_products(model.base_model) if missing else nullcontext():
-        for start in tqdm(range(0, len(missing), SHARD_ROLLOUTS), desc="states", unit="shard"):
-            shard = missing[start : start + SHARD_ROLLOUTS]
-            states = _concat(list(_shard_states(model, shard, layers, share, seed)))
-            _write_shard(folder, fingerprint, states, [key for key, _ in shard])
+    packed = packed_products(model.base_model) if missing else nullcontext()
+    with packed, tqdm(total=len(missing), desc="states", unit="completion") as progress:
+        for batch in _batches(missing):
+            states = _concat(list(_batch_states(model, batch, layers, share, seed)))
+            _write_shard(folder, fingerprint, states, [key for key, _ in batch])
+            progress.update(len(batch))
     processes.wait_for_everyone()
     return _load_states(_shard_paths(folder, fingerprint), wanted)
 
@@ -144,41 +145,33 @@ def _load_states(paths: Sequence[Path], wanted: Mapping[str, int]) -> StateTable
     return states.select(states.rollout.argsort(stable=True))
 
 
-def _shard_states(
-    model: Any, shard: Sequence[Row], layers: Sequence[int], share: float, seed: int
-) -> Iterator[StateTable]:
-    numbered = sorted(enumerate(shard), key=lambda item: _num_tokens(item[1]))
-    for batch in _batches(numbered):
-        yield from _batch_states(model, batch, layers, share, seed)
-
-
 def _num_tokens(row: Row) -> int:
     return len(row[1]["prompt_token_ids"]) + len(row[1]["output_token_ids"])
 
 
-def _batches(rows: Sequence[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
-    """Consecutive rows (by rising length) of at most MAX_BATCH_TOKENS padded tokens."""
-    batch: list[tuple[int, Row]] = []
-    for item in rows:
-        if batch and (len(batch) + 1) * _num_tokens(item[1]) > MAX_BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
+def _batches(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Rows of like length, of at most MAX_BATCH_TOKENS padded tokens together, or a single one."""
+    for start in range(0, len(rows), SORTED_ROLLOUTS):
+        batch: list[Row] = []
+        for row in sorted(rows[start : start + SORTED_ROLLOUTS], key=_num_tokens):
+            if batch and (len(batch) + 1) * _num_tokens(row) > MAX_BATCH_TOKENS:
+                yield batch
+                batch = []
+            batch.append(row)
         yield batch
 
 
 @torch.inference_mode()
 def _batch_states(
-    model: Any, batch: Sequence[tuple[int, Row]], layers: Sequence[int], share: float, seed: int
+    model: Any, batch: Sequence[Row], layers: Sequence[int], share: float, seed: int
 ) -> Iterator[StateTable]:
-    sequences = [torch.tensor(row["prompt_token_ids"] + row["output_token_ids"]) for _, (_, row) in batch]
+    sequences = [torch.tensor(row["prompt_token_ids"] + row["output_token_ids"]) for _, row in batch]
     # Right padding: under causal attention no real position sees it.
     padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     with capture_layers(model, layers) as captured:
         final = model.base_model(padded.to(model.device), use_cache=False).last_hidden_state.cpu()  # [B, T, d]
     middle = [captured[layer].cpu() for layer in layers]
-    for i, (index, (key, row)) in enumerate(batch):
+    for i, (key, row) in enumerate(batch):
         prompt_len, length = len(row["prompt_token_ids"]), len(row["output_token_ids"])
         kept = _kept_positions(length, share, seed + int(key[:8], 16))
         rows = kept + prompt_len - 1
@@ -191,7 +184,7 @@ def _batch_states(
             position=kept,
             remaining=length - kept,
             censored=torch.full_like(kept, row["finish_reason"] == TRUNCATED, dtype=torch.bool),
-            rollout=torch.full_like(kept, index),
+            rollout=torch.full_like(kept, i),
         )
 
 
