@@ -41,6 +41,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 
@@ -165,10 +166,10 @@ def measure(chosen: Setting) -> dict[str, float]:
         runs.append((chosen.lenvm, INT8_KINDS))
     runs.append((NO_HEAD, (PLAIN,)))
     for lenvm, kinds in runs:
-        if torch.cuda.is_available():
-            os.environ[WITHOUT_PLUGIN] = "1" if lenvm is NO_HEAD else "0"
+        stock = torch.cuda.is_available() and lenvm is NO_HEAD  # on a CPU, SGLang needs our platform
+        without_plugin = {WITHOUT_PLUGIN: "1", "SGLANG_PLUGINS": "none"} if stock else {}
         config = ServeConfig("127.0.0.1", 8000, chosen.model, lenvm, chosen.engine_arguments, kinds is INT8_KINDS)
-        with running_engine(config) as (_, url):
+        with patch.dict(os.environ, without_plugin), running_engine(config) as (_, url):
             asyncio.run(measure_engine(url, kinds, chosen, times, greedy))
     steps = [json.loads(line) for line in chosen.step_times.read_text().splitlines()]
     figures = to_figures({name: sum(map(len_s, rounds)) / len(rounds) for name, rounds in times.items()}, chosen)

@@ -15,10 +15,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lenvm_kernels.checkpoint import Head, save_head, save_value_head
 from lenvm_kernels.heads import CandidateHead, HeadConfig, ValueHead
 
 GAMMA = 0.997
+WEIGHT_SCALE = 100.0
+"""Of what reads tokens and states. Those of dummy weights are thousandths, whose values would hardly differ."""
 NUM_BINS, MAX_LENGTH, RANK = 32, 1024, 256
 
 
@@ -29,9 +33,10 @@ def main() -> int:
     for name in ("served", "lenvm", "tokenizer"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parsed = parser.parse_args()
+    torch.manual_seed(0)
     served = make_model(parsed.folder / "served", parsed.served, parsed.tokenizer)
     lenvm = make_model(parsed.folder / "lenvm", parsed.lenvm, parsed.tokenizer)
-    save_value_head(ValueHead(lenvm["hidden_size"]), parsed.folder / "lenvm")
+    save_value_head(make_value_head(lenvm["hidden_size"]), parsed.folder / "lenvm")
     (parsed.folder / "lenvm/lenvm_config.json").write_text(json.dumps({"gamma": GAMMA}))
     save_head(make_head(served), parsed.folder / "head")
     return 0
@@ -52,7 +57,19 @@ def make_head(served: dict[str, Any]) -> Head:
     size, eos = served["hidden_size"], served["eos_token_id"]
     ends = tuple(eos) if isinstance(eos, list) else (eos,)
     config = HeadConfig("random", size, served["vocab_size"], GAMMA, NUM_BINS, MAX_LENGTH, RANK, (), ends)
-    return Head(config, ValueHead(size), CandidateHead(config))
+    candidate_head = CandidateHead(config)
+    with torch.no_grad():
+        candidate_head.token.weight *= WEIGHT_SCALE
+        candidate_head.out.weight *= WEIGHT_SCALE / 10
+    return Head(config, make_value_head(size), candidate_head)
+
+
+def make_value_head(size: int) -> ValueHead:
+    """A random value head whose values differ between states of dummy weights."""
+    head = ValueHead(size)
+    with torch.no_grad():
+        head.summary.weight *= WEIGHT_SCALE
+    return head
 
 
 if __name__ == "__main__":

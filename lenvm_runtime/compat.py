@@ -8,7 +8,7 @@ missing seam stops the start.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from http import HTTPStatus
@@ -73,19 +73,22 @@ COMPLETION_RESPONSE = (
     "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._build_completion_response"
 )
 
-_UNSUPPORTED_WITH_VALUE_MODEL = {
+_UNSUPPORTED_WITH_HEAD = {
     "speculative_algorithm": None,
     "pp_size": 1,
+    "disaggregation_mode": "null",
+    "dllm_algorithm": None,
+}
+_UNSUPPORTED_WITH_VALUE_MODEL = {
+    **_UNSUPPORTED_WITH_HEAD,
     "enable_dp_attention": False,
     "dcp_size": 1,
     "enable_hierarchical_cache": False,
     "enable_lmcache": False,
     "enable_flexkv": False,
     "prefill_only_disable_kv_cache": False,
-    "disaggregation_mode": "null",
     "enable_two_batch_overlap": False,
     "enable_pdmux": False,
-    "dllm_algorithm": None,
 }
 
 _registered: list[str] = []
@@ -167,9 +170,16 @@ def hold_request_table(runner: Any) -> None:
     runner.war_fastpath_read_done_event = None
 
 
-def hold_request_table_of_delayed_sample(_result: None, scheduler: Any, *_: Any) -> None:
-    """The same for a sampling that waits for a grammar: it is launched after the scheduler's barrier."""
-    if scheduler.enable_overlap and scheduler.device == "cuda":
+def hold_request_table_of_delayed_sample(
+    launch: Callable[..., None], scheduler: Any, batch_result: Any, cur_batch: Any
+) -> None:
+    """The same for a sampling that waits for a grammar: it is launched after the scheduler's barrier.
+
+    Around ``LAUNCH_DELAYED_SAMPLE``, which the scheduler calls in every iteration.
+    """
+    is_delayed = batch_result is not None and batch_result.delay_sample_func is not None
+    launch(scheduler, batch_result, cur_batch)
+    if is_delayed and scheduler.enable_overlap and scheduler.device == "cuda":
         scheduler.schedule_stream.wait_stream(scheduler.forward_stream)
 
 
@@ -291,14 +301,23 @@ def eos_token_ids(scheduler: Any) -> list[int]:
     return found
 
 
+def check_head_supported(server_args: Any) -> None:
+    """Raise CheckpointError naming an option of SGLang that a head does not work with."""
+    _check_neutral(server_args, _UNSUPPORTED_WITH_HEAD, "a LenVM head")
+
+
 def check_value_model_supported(server_args: Any) -> None:
     """Raise CheckpointError naming an option of SGLang that a separate LenVM does not work with."""
-    for name, neutral in _UNSUPPORTED_WITH_VALUE_MODEL.items():
-        found = getattr(server_args, name)
-        if found != neutral:
-            raise CheckpointError(f"--{name.replace('_', '-')} {found}: does not work with a separate LenVM")
+    _check_neutral(server_args, _UNSUPPORTED_WITH_VALUE_MODEL, "a separate LenVM")
     if envs.SGLANG_EXPERIMENTAL_CPP_RADIX_TREE.get():
         raise CheckpointError("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE: does not work with a separate LenVM")
+
+
+def _check_neutral(server_args: Any, neutral: Mapping[str, Any], kind: str) -> None:
+    for name, expected in neutral.items():
+        found = getattr(server_args, name)
+        if found != expected:
+            raise CheckpointError(f"--{name.replace('_', '-')} {found}: does not work with {kind}")
 
 
 def value_server_args(target: Any, backbone: str, context_length: int) -> Any:
@@ -390,6 +409,12 @@ def check_plain_pool(runner: Any) -> None:
         raise CheckpointError(
             f"a separate LenVM needs SGLang's plain KV pool, the served model has {type(pool).__name__}"
         )
+    for switch, is_on in (
+        ("SGLANG_USE_HND_KVCACHE", pool.use_hnd),
+        ("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", pool.post_capture_active),
+    ):
+        if is_on:
+            raise CheckpointError(f"{switch}: does not work with a separate LenVM")
 
 
 def build_attention_backend(runner: Any) -> Any:

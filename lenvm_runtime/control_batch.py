@@ -14,6 +14,7 @@ from lenvm_kernels.length_control import Mode, Strategy
 from lenvm_kernels.value_bound import NO_MIN_VALUE
 from lenvm_runtime.guidance import GuidedRows
 from lenvm_runtime.length_control import MAX_TOP_K, LengthControl
+from lenvm_runtime.upload import upload
 
 _MODE_CODES = {
     "equal": Mode.EQUAL,
@@ -100,7 +101,7 @@ class ControlBatch:
         stops = [sorted(ids or ()) if c and not i else [] for c, i, ids in given]  # ignored too, by ignore_eos
 
         def tensor(values: list[Any], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+            return upload(values, dtype, device)
 
         return cls(
             guided=guided,
@@ -254,4 +255,4 @@ def _max_candidates(top_k: int) -> int:
 
 def _guided_rows(guided: list[bool], device: Any) -> Tensor:
     rows = [index for index, is_guided in enumerate(guided) if is_guided]
-    return torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+    return upload(rows, torch.int64, device)

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from lenvm_kernels.checkpoint import load_head
+from lenvm_kernels.checkpoint_files import CheckpointError
 from lenvm_runtime import compat, control_batch
 from lenvm_runtime.closing import closing_tokens
 from lenvm_runtime.control_batch import ControlBatch
@@ -55,6 +56,7 @@ def register(head_folder: Path) -> None:
     def attach(_result: None, scheduler: Any) -> None:
         _attach_head(scheduler, head_folder)
 
+    compat.before(compat.CHECK_ARGUMENTS, _check_supported)
     compat.after(compat.INIT_TARGET_WORKER, attach)
     compat.after(compat.LOGITS_FORWARD, _run_value_head)
     compat.after(compat.PREFILL_GRAPH_OUTPUT, _keep_values)
@@ -71,17 +73,24 @@ def register_controls() -> None:
     compat.after(compat.BATCH_COPY, _carry_control)
 
 
+def _check_supported(server_args: Any) -> None:
+    """End the launching process with one message where a head does not work with SGLang's arguments."""
+    try:
+        compat.check_head_supported(server_args)
+    except CheckpointError as error:
+        raise SystemExit(f"lenvm: this LenVM cannot be served so: {error}") from None
+
+
 def _attach_head(scheduler: Any, folder: Path) -> None:
     """Load the head onto the served model's device and let the model's logits processor reach it."""
     runner, eos_token_ids = compat.target_runner(scheduler), compat.eos_token_ids(scheduler)
     head = load_head(folder)
     compat.check_head_fits(head.config, runner.model_config, eos_token_ids)
-    layers = compat.decoder_layers(runner.model)
     if head.config.feature_layers:
         compat.disable_prefill_graphs(runner.server_args)
     head_runner = HeadRunner(
         head,
-        [layers[index] for index in head.config.feature_layers],
+        [compat.decoder_layers(runner.model)[index] for index in head.config.feature_layers],
         compat.input_embeddings(runner.model),
         compat.gather_vocabulary,
         eos_token_ids,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lenvm_runtime import compat
 from lenvm_runtime.length_control import ValueQuery
+from lenvm_runtime.upload import upload
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class QueryBatch:
         """The asked-for next tokens [rows, most of a row] int64, padded with 0, and which are no padding, bool."""
         ids = [query.candidate_ids if query else () for query in self.queries]
         width = max(map(len, ids), default=0)
-        padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids], dtype=torch.int64, device=device)
-        lens = torch.tensor([len(row) for row in ids], device=device)
+        padded = upload([[*row, *[0] * (width - len(row))] for row in ids], torch.int64, device)
+        lens = upload([len(row) for row in ids], torch.int64, device)
         return padded, torch.arange(width, device=device) < lens.unsqueeze(1)
 
 
@@ -59,5 +60,5 @@ def write_input_values(
     if not tokens:
         return
     device = hidden_states.device
-    written = values(hidden_states[torch.tensor(tokens, device=device)])
-    result.input_token_logprobs[torch.tensor(places, device=device)] = written
+    written = values(hidden_states[upload(tokens, torch.int64, device)])
+    result.input_token_logprobs[upload(places, torch.int64, device)] = written

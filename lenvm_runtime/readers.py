@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lenvm_runtime.upload import upload
+
 
 @dataclass(frozen=True)
 class Readers:
@@ -24,7 +26,7 @@ class Readers:
     def build(cls, flags: Sequence[bool], device: Any) -> Readers:
         """Of a batch of these rows."""
         rows = [row for row, reads in enumerate(flags) if reads]
-        return cls(tuple(flags), torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True))
+        return cls(tuple(flags), upload(rows, torch.int64, device))
 
     @property
     def is_empty(self) -> bool:

@@ -152,7 +152,7 @@ def _attend_block(q, k, v, seen, highest, total, acc, scale, logit_cap, IS_CAPPE
     return new_highest, total * rescale + tl.sum(weights, axis=1), acc
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_rows"])  # type: ignore[untyped-decorator]
 def _attend_split(  # type: ignore[no-untyped-def]
     q_ptr,
     k_new_ptr,

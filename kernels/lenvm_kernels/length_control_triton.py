@@ -104,7 +104,7 @@ def _length_from_value(value, log_gamma):  # type: ignore[no-untyped-def]
     return log1p / log_gamma
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_candidates"])  # type: ignore[untyped-decorator]
 def _steer_row(  # type: ignore[no-untyped-def]
     candidate_logprobs_ptr,
     candidate_values_ptr,
@@ -224,7 +224,7 @@ def _sinh(x):  # type: ignore[no-untyped-def]
     return 0.5 * (tl.exp(x) - tl.exp(-x))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_candidates"])  # type: ignore[untyped-decorator]
 def _solve_row(  # type: ignore[no-untyped-def]
     candidate_logprobs_ptr,
     candidate_values_ptr,

@@ -43,7 +43,7 @@ class ValueModelHooks:
         compat.after(compat.INIT_MEMORY_POOLS, self._share_slots)
         compat.after(compat.INIT_ATTENTION_BACKENDS, self._build_attention)
         compat.after(compat.INIT_CUDA_GRAPHS, self._capture_steps)
-        compat.after(compat.LAUNCH_DELAYED_SAMPLE, compat.hold_request_table_of_delayed_sample)
+        compat.around(compat.LAUNCH_DELAYED_SAMPLE, compat.hold_request_table_of_delayed_sample)
         compat.after(compat.FORWARD, self._extend)
         compat.before(compat.SAMPLE, self._prepare_sampling)
         register_controls()

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -55,6 +56,7 @@ MEAN_VALUE = -0.5
 MAX_TOTAL_TOKENS = 1600
 GPU_ARGUMENTS = {"attention_backend": "triton", "sampling_backend": "pytorch", "mem_fraction_static": "0.2"}
 """FlashAttention has no fp32. ``TRITON_F32_DEFAULT=ieee`` in the environment keeps Triton's products from tf32."""
+FP32_NORM = Path(__file__).parents[1] / "fp32_norm"
 MAX_RUNNING = 24
 CONTROLS: tuple[dict[str, Any], ...] = (
     {"mode": "equal", "target": 30},
@@ -340,8 +342,13 @@ def running(tmp_path_factory: pytest.TempPathFactory, **arguments: str) -> Itera
         **arguments,
     }
     flat = tuple(part for name, value in arguments.items() for part in (f"--{name.replace('_', '-')}", value))
-    with running_engine(ServeConfig("127.0.0.1", 8000, str(served), lenvm, flat)) as (_, url):
-        yield Engine(url, twin)
+    plugins = [str(FP32_NORM), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"PYTHONPATH": os.pathsep.join(plugins)} if torch.cuda.is_available() else {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        with running_engine(ServeConfig("127.0.0.1", 8000, str(served), lenvm, flat)) as (_, url):
+            yield Engine(url, twin)
 
 
 @pytest.fixture(scope="module")

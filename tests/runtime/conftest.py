@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import lenvm_fp32_norm
 from tiny_lenvm import save_model
 
 
@@ -31,6 +32,8 @@ def served_runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         attention_backend.register()
+    else:
+        lenvm_fp32_norm.load()
     arguments = ["--model-path", str(folder), "--dtype", "float32", "--max-total-tokens", "512"]
     arguments += ["--max-running-requests", "8", *([] if on_cpu else ["--attention-backend", "triton"])]
     server_args = prepare_server_args(engine_arguments(arguments, on_cpu))

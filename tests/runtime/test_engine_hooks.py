@@ -60,17 +60,29 @@ def test_the_request_table_is_held_until_the_value_model_has_run() -> None:
         hooks._extend(None, served, SimpleNamespace(forward_mode=ForwardMode.DECODE, sampling_info=sampling))
         assert (served.war_fastpath_read_done_event is None) == reads
 
-    waited: list[str] = []
+    events: list[str] = []
     scheduler = SimpleNamespace(
         enable_overlap=True,
         device="cuda",
-        schedule_stream=SimpleNamespace(wait_stream=waited.append),
+        schedule_stream=SimpleNamespace(wait_stream=events.append),
         forward_stream="forward",
     )
-    compat.hold_request_table_of_delayed_sample(None, scheduler, None, None)
+
+    def launch(_scheduler: Any, result: Any, _batch: Any) -> None:
+        events.append("sampled")
+        if result is not None:
+            result.delay_sample_func = None
+
+    def iteration(result: Any) -> list[str]:
+        events.clear()
+        compat.hold_request_table_of_delayed_sample(launch, scheduler, result, None)
+        return list(events)
+
+    delayed = SimpleNamespace(delay_sample_func=lambda: None)
+    assert iteration(delayed) == ["sampled", "forward"]
+    assert iteration(delayed) == iteration(None) == ["sampled"], "nothing was delayed"
     scheduler.device = "cpu"
-    compat.hold_request_table_of_delayed_sample(None, scheduler, None, None)
-    assert waited == ["forward"]
+    assert iteration(SimpleNamespace(delay_sample_func=lambda: None)) == ["sampled"]
 
 
 def request(control: LengthControl, predictions: list[list[float]] | None) -> Any:

@@ -258,6 +258,27 @@ def test_an_option_that_does_not_work_with_it_is_named(served_runner: Any) -> No
         compat.check_value_model_supported(server_args)
 
 
+def test_an_option_that_does_not_work_with_a_head_is_named() -> None:
+    server_args = SimpleNamespace(**compat._UNSUPPORTED_WITH_HEAD)
+    compat.check_head_supported(server_args)
+    server_args.speculative_algorithm = "EAGLE"
+    with pytest.raises(CheckpointError, match="--speculative-algorithm EAGLE: does not work with a LenVM head"):
+        compat.check_head_supported(server_args)
+
+
+@pytest.mark.parametrize(
+    ("field", "switch"),
+    [("use_hnd", "SGLANG_USE_HND_KVCACHE"), ("post_capture_active", "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING")],
+)
+def test_a_kv_pool_of_another_form_is_refused(
+    served_runner: Any, monkeypatch: pytest.MonkeyPatch, field: str, switch: str
+) -> None:
+    compat.check_plain_pool(served_runner)
+    monkeypatch.setattr(served_runner.token_to_kv_pool, field, True)
+    with pytest.raises(CheckpointError, match=switch):
+        compat.check_plain_pool(served_runner)
+
+
 def test_a_prefix_cache_without_keys_apart_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_EXPERIMENTAL_CPP_RADIX_TREE", "1")
     with pytest.raises(CheckpointError, match="SGLANG_EXPERIMENTAL_CPP_RADIX_TREE"):
