@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def expected_length(bin_logprobs: Tensor, lengths: Tensor) -> Tensor:
-    """sum_m P(m) * lengths[m], in tokens: [..., M], [M] -> float32 [...]."""
+    """sum_m P(m) * lengths[m], in tokens: [..., M], [M] or [..., M] -> float32 [...]."""
     return (bin_logprobs.float().exp() * lengths).sum(-1)
 
 

@@ -26,7 +26,12 @@ from huggingface_hub import ModelCard  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from lenvm_training import features as features_module  # noqa: E402
-from lenvm_training.evaluation import _remaining_errors, evaluate_head  # noqa: E402
+from lenvm_training.evaluation import (  # noqa: E402
+    _distribution_boundary_figures,
+    _remaining_errors,
+    evaluate_head,
+    token_limits,
+)
 from lenvm_training.features import StateTable, _kept_positions, _stored_rows, extract_states  # noqa: E402
 from lenvm_training.head_losses import length_nll  # noqa: E402
 from lenvm_training.head_settings import HeadsSettings  # noqa: E402
@@ -228,8 +233,33 @@ def test_cut_completions_count_where_their_return_is_known() -> None:
     assert figures["early_mse"] == pytest.approx(sum((-0.5 - value) ** 2 for value in returns) / 5)
     mean = sum(returns) / 5
     assert figures["early_mse_constant"] == pytest.approx(sum((mean - value) ** 2 for value in returns) / 5)
+    unknown = 0.5**8 / 2  # a cut one's return lies in (-1, -(1 - 0.5^8)]
+    assert figures["early_mse_unknown"] == pytest.approx(unknown**2 / 5)
     actual = length_from_value(torch.tensor(-(1 - 0.5**8) + sum(returns[1:4])) / 4, 0.5)
     assert figures["boundary_mre"] == pytest.approx(abs(1 - actual.item()) / actual.item())
+
+
+def test_each_completion_counts_at_the_limit_that_it_was_sampled_with() -> None:
+    """A distribution that has all of its mass at 30 tokens, right for prompts sampled at most 8 and 16 tokens long."""
+    head = Head(CONFIG, ValueHead(CONFIG.hidden_size).eval(), CandidateHead(CONFIG).eval())
+    with torch.no_grad():
+        head.candidate_head.out.weight.zero_()
+        head.candidate_head.out.bias.copy_(20.0 * (torch.arange(12) == bin_index(torch.tensor(30), edges_of(CONFIG))))
+    rows = [{"prompt_id": str(i // 4), "sampling": {"max_new_tokens": (8, 16)[i // 4]}} for i in range(8)]
+    remaining = torch.tensor([8] * 4 + [16] * 3 + [5])
+    zeros, none = torch.zeros(8, CONFIG.hidden_size), torch.zeros(8, dtype=torch.int64)
+    layers, cut = zeros[:, None].repeat(1, len(LAYERS), 1), torch.tensor([True] * 7 + [False])
+    states = StateTable(zeros, layers, none, none, remaining, cut, torch.arange(8))
+    assert token_limits(states, rows).tolist() == [8.0] * 4 + [16.0] * 4
+    assert token_limits(states, [{}] * 8).tolist() == [16.0] * 8
+    figures = _distribution_boundary_figures(head, states, LAYERS, rows)
+    mean = (3 * 16 + 5) / 4
+    assert figures["boundary_mre_expected"] == pytest.approx((16 - mean) / mean / 2, abs=1e-4)
+    assert figures["interval_coverage"] == pytest.approx(7 / 8), "the interval reaches all cuts; 5 lies below it"
+
+
+def edges_of(config: HeadConfig) -> torch.Tensor:
+    return bin_edges(config.num_bins, config.max_length)
 
 
 def embeddings_of(model: Any) -> torch.Tensor:

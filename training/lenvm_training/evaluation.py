@@ -1,6 +1,6 @@
 """Evaluation of a head on completions of held-out prompts.
 
-Completions cut by the token limit T are censored: their return at t is only known to lie in
+Completions cut by the token limit T of their own sampling are censored: their return at t is only known to lie in
 (-1, -(1 - gamma^(T - t))]. At the prompt boundary they count at the limit, which is at most gamma^T too near
 the end; so do they for the predicted distribution, whose mean is cut there too (restricted mean). Errors over the
 states of whole answers leave them out, and so favour short ones; those over `EARLY` states count all completions.
@@ -28,6 +28,11 @@ INTERVAL = (0.1, 0.9)
 EARLY = 0.25
 """Share of the token limit: before it the return of every completion is known to within gamma^(0.75 T)."""
 MIN_SAMPLES = 4
+RATIOS = (
+    ("value_mse_over_position", "value_mse", "value_mse_position"),
+    ("value_mse_over_constant", "value_mse", "value_mse_constant"),
+    ("distribution_mse_over_position", "value_mse_distribution", "value_mse_position"),
+)
 
 
 def evaluate_head(
@@ -42,14 +47,17 @@ def evaluate_head(
     * ``value_mse``, and that of the best constant and of the best function of the position alone, over the states of
       finished completions; ``early_*``: the same over the first quarter of the token limit of all completions,
       a cut one's return taken in the middle of what it can be (there the other two know the held-out states);
+      ``early_mse_unknown``: how much of ``early_mse`` that can make, if every cut one's true return were at an edge;
     * at the prompt boundary, against the mean of the samples of each prompt: ``boundary_tau`` (Kendall) and
       ``boundary_mre`` (mean relative error; truth and prediction in return space, as in the paper's
       equations 13 to 15), and ``boundary_tau_expected``, ``boundary_mre_expected`` of the predicted
       distribution's mean in plain tokens, both sides cut at the token limit and at the last bin's length;
     * ``remaining_mre_25/50/75``: median over completions of the relative error of the remaining length that V stands
       for there;
-    * ``interval_coverage``: share of completions inside the 80% interval of the prompt boundary (a
-      longer one counts as inside when the interval reaches that cut).
+    * ``interval_coverage``: share of completions inside the 80% interval of the prompt boundary (one that was cut
+      counts as inside when the interval reaches its cut).
+
+    A ratio to a baseline that makes no error is left out.
     """
     gamma = head.config.gamma
     known_train, known = train.select(~train.censored), held_out.select(~held_out.censored)
@@ -69,40 +77,53 @@ def evaluate_head(
         "value_mse_constant": _mse(train_returns.mean(), returns),
         "value_mse_position": _mse(_position_only(known_train.position, train_returns, known.position), returns),
     }
-    figures["value_mse_over_position"] = figures["value_mse"] / figures["value_mse_position"]
-    figures["value_mse_over_constant"] = figures["value_mse"] / figures["value_mse_constant"]
-    figures["distribution_mse_over_position"] = figures["value_mse_distribution"] / figures["value_mse_position"]
-    figures |= _early_figures(head, held_out)
+    for name, numerator, denominator in RATIOS:
+        figures |= _ratio(figures, name, numerator, denominator)
+    figures |= _early_figures(head, held_out, rollouts)
     boundary = held_out.select(held_out.position == 0)
     figures |= _value_boundary_figures(head, boundary, rollouts)
     figures |= _distribution_boundary_figures(head, boundary, layers, rollouts)
     return figures | _remaining_errors(known, length_from_value(values, gamma))
 
 
-def _early_figures(head: Head, held_out: StateTable) -> dict[str, float]:
+def _ratio(figures: dict[str, float], name: str, numerator: str, denominator: str) -> dict[str, float]:
+    return {name: figures[numerator] / figures[denominator]} if figures[denominator] else {}
+
+
+def _early_figures(head: Head, held_out: StateTable, rollouts: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Errors over the states before EARLY of the token limit, of all completions; {} where nothing was cut.
 
     The constant and the function of the position are fitted to these states themselves.
     """
     if not held_out.censored.any():
         return {}
-    limit = int((held_out.position + held_out.remaining)[held_out.censored].max())
-    early = held_out.select(held_out.position < EARLY * limit)
-    returns = _middle_returns(early, head.config.gamma)
-    mse = _mse(_values(head, early), returns)
-    of_position = _mse(_position_only(early.position, returns, early.position), returns)
+    early = held_out.select(held_out.position < EARLY * token_limits(held_out, rollouts))
+    returns, half_width = _middle_returns(early, head.config.gamma)
     errors = {
-        "early_mse": mse,
+        "early_mse": _mse(_values(head, early), returns),
+        "early_mse_unknown": half_width.square().mean().item(),
         "early_mse_constant": _mse(returns.mean(), returns),
-        "early_mse_position": of_position,
+        "early_mse_position": _mse(_position_only(early.position, returns, early.position), returns),
     }
-    return errors | ({"early_mse_over_position": mse / of_position} if of_position else {})
+    return errors | _ratio(errors, "early_mse_over_position", "early_mse", "early_mse_position")
 
 
-def _middle_returns(states: StateTable, gamma: float) -> Tensor:
-    """Realised returns; of cut completions the middle of (-1, -(1 - gamma^remaining)]."""
+def token_limits(states: StateTable, rollouts: Sequence[dict[str, Any]]) -> Tensor:
+    """The limit on new tokens that each state's completion was sampled with: [N] float32.
+
+    Where its row does not tell, the length of the longest one that was cut; infinity where none was.
+    """
+    lengths = states.position + states.remaining
+    unknown = float(lengths[states.censored].max()) if states.censored.any() else torch.inf
+    limits = [float(row.get("sampling", {}).get("max_new_tokens") or unknown) for row in rollouts]
+    return torch.tensor(limits)[states.rollout]
+
+
+def _middle_returns(states: StateTable, gamma: float) -> tuple[Tensor, Tensor]:
+    """Realised returns; of cut completions the middle of (-1, -(1 - gamma^remaining)]. And how far it may be off."""
     returns = value_from_length(states.remaining.float(), gamma)
-    return torch.where(states.censored, (returns - 1) / 2, returns)
+    half_width = (returns + 1).masked_fill(~states.censored, 0.0) / 2
+    return returns - half_width, half_width
 
 
 def _values(head: Head, states: StateTable) -> Tensor:
@@ -134,16 +155,16 @@ def _distribution_boundary_figures(
     with torch.inference_mode():
         logprobs = head.candidate_head.state_logprobs(features_of(boundary, head.config, layers).float())
     lengths = head.candidate_head.bin_lengths
-    limit = lengths[-1].round()  # of the last bin, which is open: all that is longer counts as this long
-    if boundary.censored.any():
-        limit = limit.minimum(boundary.remaining[boundary.censored].max())
-    restricted = expected_length(logprobs, lengths.clamp(max=limit))
-    remaining = boundary.remaining.float().clamp(max=limit)
+    last = lengths[-1].round()  # of the last bin, which is open: all that is longer counts as this long
+    remaining = boundary.remaining.float().clamp(max=last)
+    limits = token_limits(boundary, rollouts).clamp(max=last)
     groups = _by_prompt(boundary, rollouts)
-    actual = torch.stack([remaining[group].mean() for group in groups])
-    predicted = restricted[torch.stack([group[0] for group in groups])]
+    least = torch.stack([limits[group].min() for group in groups])  # of the limits of a prompt's samples
+    actual = torch.stack([remaining[group].clamp(max=limit).mean() for group, limit in zip(groups, least, strict=True)])
+    first = torch.stack([group[0] for group in groups])
+    predicted = expected_length(logprobs[first], lengths.minimum(least.unsqueeze(1)))
     low, high = (quantile_length(logprobs, lengths, level).round() for level in INTERVAL)
-    inside = (remaining >= low) & (remaining <= high)
+    inside = (boundary.censored | (remaining >= low)) & (remaining <= high)
     return {
         "boundary_tau_expected": rank_agreement(predicted.double().numpy(), actual.double().numpy()),
         "boundary_mre_expected": _mre(predicted, actual),

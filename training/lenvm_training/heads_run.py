@@ -68,6 +68,9 @@ def _check_rollouts(rollouts: Sequence[dict[str, Any]], held_rollouts: Sequence[
     if not rollouts:
         raise ValueError("data.rollouts: no completion is left to train on (data.max_tokens, data.max_prompts)")
     samples = Counter(row["prompt_id"] for row in held_rollouts if row["finish_reason"] in (FINISHED, TRUNCATED))
+    for name, rows in (("rollouts", rollouts), ("eval_rollouts", held_rollouts)):
+        if not any(row["finish_reason"] == FINISHED for row in rows):
+            raise ValueError(f"data.{name}: no completion that ended")
     if max(samples.values(), default=0) < MIN_SAMPLES:
         raise ValueError(f"data.eval_rollouts: no prompt has {MIN_SAMPLES} completions to compare a prediction with")
 

@@ -40,6 +40,7 @@ _ROWS = (
     ("value_mse_over_position", "value head / position only"),
     ("distribution_mse_over_position", "distribution / position only"),
     ("early_mse", "all completions, first quarter of the token limit: MSE of V(s_t)"),
+    ("early_mse_unknown", "of which what is not known of cut completions can be at most"),
     ("early_mse_constant", "best constant there"),
     ("early_mse_position", "best function of the position alone there"),
     ("early_mse_over_position", "value head / position only there"),
