@@ -58,9 +58,9 @@ def train_heads(
     for name, label in LOSSES.items():
         if name in logs:
             plots.plot_loss(out / f"{name}_loss.png", logs[name], "eval_loss", label)
-    recorded = {"censored": settings.censored, **recorded_settings(settings)}
+    own = {"censored": settings.censored, "state_share": settings.state_share}
     start = described_data(Path(settings.start) / CARD_FILE) if settings.start else ""
-    write_model_card(out, config, recorded, rollouts, held_rollouts, figures, backbone, start)
+    write_model_card(out, config, own | recorded_settings(settings), rollouts, held_rollouts, figures, backbone, start)
     return figures
 
 
