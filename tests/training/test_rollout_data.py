@@ -123,6 +123,25 @@ def test_files_that_were_sampled_apart_count_whole(tmp_path: Path) -> None:
     both = tmp_path / "both.jsonl"
     both.write_text(first.read_text() + second.read_text())
     assert len(load_rollouts([first, both])) == 24 - 6
+    assert len(load_rollouts([first])) == len(load_rollouts([write_rows(tmp_path / "twice.jsonl", rows + rows)])) == 12
+
+
+def test_a_copy_in_which_one_completion_is_another_is_a_copy(tmp_path: Path) -> None:
+    rows = make_rows(40)
+    first = write_rows(tmp_path / "first.jsonl", rows)
+    second = write_rows(tmp_path / "second.jsonl", [rows[0] | {"output_token_ids": [9, 1]}, *rows[1:]])
+    assert len(load_rollouts([first, second])) == len(rows) + 1
+
+
+def test_files_that_number_their_prompts_alike_have_prompts_of_their_own(tmp_path: Path) -> None:
+    first = make_rows(3)
+    second = [row | {"prompt_token_ids": [*row["prompt_token_ids"], 9]} for row in first]
+    paths = [write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", first), ("b", second))]
+    loaded = load_rollouts([*paths, paths[0]])
+    assert len(loaded) == 24
+    assert {row["prompt_id"] for row in loaded} == {"0-0", "0-1", "0-2", "0-0#2", "0-1#2", "0-2#2"}
+    by_prompt = {row["prompt_id"]: row["prompt_token_ids"] for row in loaded}
+    assert all(row["prompt_token_ids"] == by_prompt[row["prompt_id"]] for row in loaded)
 
 
 def test_a_prompt_on_both_sides_is_named() -> None:

@@ -117,3 +117,9 @@ def test_lengths_that_no_prompt_decides_are_not_explained() -> None:
         for row in make_rows(50, num_samples=8)
     ]
     assert abs(length_report(rows)["all"]["explained"]) < 0.1
+
+
+def test_what_cannot_be_explained_is_left_out(tmp_path: Path) -> None:
+    report = write_length_report([row | {"finish_reason": "length"} for row in make_rows(2)], tmp_path)
+    assert "explained" not in report["all"]
+    assert "nan" not in (tmp_path / "lengths.md").read_text()

@@ -30,6 +30,7 @@ REQUIRED_FIELDS = {
     "domain": str,
     "sampling": dict,
 }
+APART = 0.1
 TOKEN_FIELDS = ("prompt_token_ids", "output_token_ids")
 
 
@@ -65,16 +66,19 @@ def load_rollouts(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
     """All rows of rollout files of one tokenizer, token ids as int32 arrays, without aborted completions.
 
     Of a completion that was gone on with, or taken over, under a higher token limit, that row alone is kept; copies
-    of rows in another of the files count once. Raises RolloutFileError.
+    of rows count once (`_without_copies`). A name that stands for several prompts, as in files that each number theirs,
+    is theirs in turn: the second one is called ``NAME#2``. Raises RolloutFileError.
     """
     files: list[list[dict[str, Any]]] = []
     tokenizers: dict[str, str] = {}
+    prompts: dict[str, list[tuple[bytes, ...]]] = {}
     for path in (Path(path).expanduser() for path in paths):
         files.append([])
         for number, line in enumerate(_lines(path), 1):
             row = _parse_row(line, f"{path}:{number}")
             tokenizers.setdefault(row.get("tokenizer", ""), f"{path}:{number}")
             if row["finish_reason"] != ABORTED:
+                row["prompt_id"] = _own_name(row, prompts.setdefault(row["prompt_id"], []))
                 files[-1].append(row)
     tokenizers.pop("", None)
     if len(tokenizers) > 1:
@@ -82,6 +86,15 @@ def load_rollouts(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
     if not any(files):
         raise RolloutFileError(f"no rollouts in {', '.join(map(str, paths)) or 'no file'}")
     return _without_copies(_without_beginnings(files))
+
+
+def _own_name(row: dict[str, Any], known: list[tuple[bytes, ...]]) -> str:
+    """The name of a row's prompt among those that have been ``known`` by its ``prompt_id``, to which it is added."""
+    key = _prompt_key(row)
+    if key not in known:
+        known.append(key)
+    number = known.index(key)
+    return f"{row['prompt_id']}#{number + 1}" if number else row["prompt_id"]
 
 
 def _without_beginnings(files: Sequence[Sequence[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
@@ -96,22 +109,28 @@ def _without_beginnings(files: Sequence[Sequence[dict[str, Any]]]) -> list[list[
 
 
 def _without_copies(files: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The rows of all files, without a file's copies of rows of the files before it.
+    """The rows of all files, without a file's copies of its own rows and of rows of the files before it.
 
-    A file that has only another completion for one of their prompts and samples was sampled by itself. All its rows
-    count then: that some are the same is chance, most of all for short ones, which would become too few.
+    A file that has other completions for APART of the prompts and samples that it shares with them was sampled by
+    itself. All its rows count then: that some are the same is chance, most of all for short ones, which would become
+    too few.
     """
     known: dict[tuple[str, int], list[dict[str, Any]]] = {}
     kept: list[dict[str, Any]] = []
-    for rows in files:
+    for rows in map(_distinct, files):
         is_copy = [any(_is_same(row, other) for other in known.get(_key(row), ())) for row in rows]
         copied = {_key(row) for row, copy in zip(rows, is_copy, strict=True) if copy}
-        sampled_by_itself = any(_key(row) in known and _key(row) not in copied for row in rows)
+        shared = {_key(row) for row in rows} & known.keys()
+        sampled_by_itself = len(shared - copied) > APART * len(shared)
         new = [row for row, copy in zip(rows, is_copy, strict=True) if sampled_by_itself or not copy]
         for row in new:
             known.setdefault(_key(row), []).append(row)
         kept += new
     return kept
+
+
+def _distinct(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list({(_key(row), *(row[name].tobytes() for name in TOKEN_FIELDS)): row for row in rows}.values())
 
 
 def _is_same(row: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -20,7 +20,7 @@ def length_report(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]
 
     ``finished``: share that ended by themselves. Mean, standard deviation and quantiles are of the tokens
     sampled, those of cut completions counted as they are (a lower bound). ``explained``: share of the
-    variance of finished lengths that lies between prompts, 1 - within / total.
+    variance of finished lengths that lies between prompts, 1 - within / total; left out where there is none to explain.
     """
     groups: dict[str, list[dict[str, Any]]] = {"all": list(rows)}
     for row in rows:
@@ -38,20 +38,21 @@ def _figures(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         "std": float(lengths.std()),
     }
     figures |= {f"p{level}": float(np.percentile(lengths, level)) for level in LEVELS}
-    return figures | {"max": float(lengths.max()), "explained": _explained(rows)}
+    explained = _explained(rows)
+    return figures | {"max": float(lengths.max())} | ({} if explained is None else {"explained": explained})
 
 
-def _explained(rows: Sequence[dict[str, Any]]) -> float:
+def _explained(rows: Sequence[dict[str, Any]]) -> float | None:
     groups: dict[str, list[int]] = {}
     for row in rows:
         if row["finish_reason"] == FINISHED:
             groups.setdefault(row["prompt_id"], []).append(len(row["output_token_ids"]))
     several = [np.array(group, dtype=float) for group in groups.values() if len(group) > 1]
     if not several:
-        return float("nan")
+        return None
     within = sum(group.var(ddof=1) * (len(group) - 1) for group in several) / sum(len(group) - 1 for group in several)
     total = np.concatenate(several).var(ddof=1)
-    return float(1 - within / total) if total else float("nan")
+    return float(1 - within / total) if total else None
 
 
 def write_length_report(rows: Sequence[dict[str, Any]], folder: Path) -> dict[str, dict[str, float]]:
@@ -60,7 +61,7 @@ def write_length_report(rows: Sequence[dict[str, Any]], folder: Path) -> dict[st
     report = length_report(rows)
     lines = [f"| domain | {' | '.join(COLUMNS)} |", "| --- " * (len(COLUMNS) + 1) + "|"]
     lines += [
-        f"| {domain} | {' | '.join(f'{figures[column]:.4g}' for column in COLUMNS)} |"
+        f"| {domain} | {' | '.join(f'{figures[column]:.4g}' if column in figures else '' for column in COLUMNS)} |"
         for domain, figures in report.items()
     ]
     (folder / "lengths.md").write_text("\n".join(lines) + "\n")
