@@ -279,9 +279,29 @@ def test_every_held_out_completion_is_evaluated(files: str, capsys: pytest.Captu
     assert left_out in capsys.readouterr().err.splitlines()
 
 
+def test_completions_that_are_too_long_to_train_on_are_counted(files: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = lines("rollouts.jsonl")
+    longest = max(len(row["prompt_token_ids"]) + len(row["output_token_ids"]) for row in rows)
+    limit = longest - 1
+    count = sum(len(row["prompt_token_ids"]) + len(row["output_token_ids"]) > limit for row in rows)
+    for more, card in (["training.max_steps=1"], "run/lenvm"), (HEADS, "head"):
+        capsys.readouterr()
+        assert commands.train([files, f"data.max_tokens={limit}", *more]) == 0
+        said = f"lenvm: {count} of {len(rows)} training completions are left out: more than data.max_tokens, {limit}"
+        assert said in capsys.readouterr().err.splitlines()
+        assert "none of more than " in Path(card, "README.md").read_text()
+
+
 def test_what_is_evaluated_fits_the_rollouts(files: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert commands.train([files, "training.max_steps=1"]) == 0
     assert commands.evaluate([files, "evaluation.lenvm=run/checkpoint-1"]) == 0
+    assert "was trained on" not in capsys.readouterr().err
+    assert commands.train([files, "training.max_steps=1", "model.kind=lora", "training.output_dir=adapter"]) == 0
+    shutil.copytree("backbone", "another")
+    assert commands.evaluate([files, "evaluation.lenvm=adapter/lenvm", "model.backbone=another"]) == 0
+    assert "lenvm: evaluation.lenvm: was trained on backbone, and is put on model.backbone, another" in (
+        capsys.readouterr().err.splitlines()
+    )
     shutil.copytree("run/lenvm", "other")
     make_tokenizer("x").save_pretrained("other")
     for name in ("lenvm", "probe_model"):

@@ -420,10 +420,17 @@ def test_a_head_says_how_its_answers_were_sampled() -> None:
     assert shared_sampling(rows[:2]) == {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 512}
 
 
+def cut(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row | {"finish_reason": "length"} for row in rows]
+
+
 @pytest.mark.parametrize(
     ("rows", "held", "layers", "message"),
     [
         ([], rollouts(4, 3), LAYERS, "data.rollouts: no completion is left"),
+        (cut(rollouts(4, 2)), rollouts(4, 3), LAYERS, "data.rollouts: no completion that ended"),
+        (rollouts(4, 2), cut(rollouts(4, 3)), LAYERS, "data.eval_rollouts: no completion that ended"),
+        ([rollouts(1, 2)[0] | {"images": ["a.png"]}], rollouts(4, 3), LAYERS, "prompt 2-0: has images"),
         (rollouts(4, 2), rollouts(4, 3)[::2], LAYERS, "data.eval_rollouts: no prompt has 4 completions"),
         (rollouts(4, 2), rollouts(4, 3), (2,), "heads.layers: must be of 0 to 1, got 2"),
     ],

@@ -21,6 +21,7 @@ from lenvm_training.config import ConfigError, Experiment, PromptSettings, Rollo
 from lenvm_training.endpoints import Retry, Sampling
 from lenvm_training.model import (
     LenVMConfig,
+    ModelSettings,
     default_device,
     load_language_model,
     load_lenvm,
@@ -39,7 +40,7 @@ from lenvm_training.rollout_data import (
     load_rollouts,
     select_rollouts,
 )
-from lenvm_training.rollout_files import as_lists, print_figures, say, write_lines
+from lenvm_training.rollout_files import as_lists, choose_rollouts, print_figures, say, write_lines
 from lenvm_training.rollout_report import write_length_report
 from lenvm_training.rollouts import (
     Beginnings,
@@ -272,20 +273,13 @@ def train(experiment: Experiment, _: Sequence[str]) -> None:
         return
     assert experiment.heads is not None
     data = experiment.data
-    rows = select_rollouts(load_rollouts(data.rollouts), data)
-    held_out = _within_limit(select_rollouts(load_rollouts(data.eval_rollouts), EVERYTHING), data.max_tokens)
+    rows = choose_rollouts(load_rollouts(data.rollouts), data, "training")
+    limit = DataSettings((), max_tokens=data.max_tokens)
+    held_out = choose_rollouts(load_rollouts(data.eval_rollouts), limit, "held-out")
     folder, name = resolve_folder(model.backbone), model.base_name or model.backbone
     check_tokenizer([*rows, *held_out], load_tokenizer(folder), read_vocab_size(folder))
     check_disjoint(rows, held_out)
     _print_once(train_heads(experiment.heads, folder, name, target.gamma, as_lists(rows), as_lists(held_out)))
-
-
-def _within_limit(held_out: list[dict[str, Any]], max_tokens: int) -> list[dict[str, Any]]:
-    kept = select_rollouts(held_out, DataSettings((), max_tokens=max_tokens))
-    count = len(held_out) - len(kept)
-    if count:
-        say(f"{count} of {len(held_out)} held-out completions are left out: more than data.max_tokens, {max_tokens}")
-    return kept
 
 
 def _print_once(figures: dict[str, float]) -> None:
@@ -312,8 +306,8 @@ def evaluate(experiment: Experiment, _: Sequence[str]) -> None:
     backbone = resolve_folder(experiment.model.backbone)
     probe_folder = resolve_folder(settings.probe_model) if settings.probe_model else backbone
     check_tokenizer([*rows, *fit], load_tokenizer(backbone), read_vocab_size(backbone))
-    if settings.lenvm and read_lenvm_config(source).kind == "full":
-        _check_named("lenvm", [*rows, *fit], source, backbone)
+    if settings.lenvm:
+        _check_lenvm(experiment.model, [*rows, *fit], source, backbone)
     if settings.probe_model:
         _check_named("probe_model", [*rows, *fit], probe_folder, backbone)
     check_disjoint([*select_rollouts(known, data), *fit], rows)
@@ -330,6 +324,15 @@ def evaluate(experiment: Experiment, _: Sequence[str]) -> None:
         add_evaluation(source, (out / MARKDOWN_FILE).read_text())
     shown = ("boundary", "served", "coverage", "states")
     print_figures({name: getattr(result, name) for name in shown})
+
+
+def _check_lenvm(model: ModelSettings, rows: list[dict[str, Any]], folder: Path, backbone: Path) -> None:
+    """Raises ConfigError for rows that a LenVM cannot read; says where it names another model than it is put on."""
+    config = read_lenvm_config(folder)
+    if config.kind == "full":
+        _check_named("lenvm", rows, folder, backbone)
+    elif config.base_model not in (model.backbone, model.base_name):
+        say(f"evaluation.lenvm: was trained on {config.base_model}, and is put on model.backbone, {model.backbone}")
 
 
 def _check_named(name: str, rows: list[dict[str, Any]], folder: Path, backbone: Path) -> None:

@@ -65,6 +65,9 @@ def train_heads(
 
 
 def _check_rollouts(rollouts: Sequence[dict[str, Any]], held_rollouts: Sequence[dict[str, Any]]) -> None:
+    pictured = next((row for row in [*rollouts, *held_rollouts] if row.get("images")), None)
+    if pictured:
+        raise ValueError(f"prompt {pictured['prompt_id']}: has images, which heads do not read; train a LenVM")
     if not rollouts:
         raise ValueError("data.rollouts: no completion is left to train on (data.max_tokens, data.max_prompts)")
     samples = Counter(row["prompt_id"] for row in held_rollouts if row["finish_reason"] in (FINISHED, TRUNCATED))
@@ -84,7 +87,9 @@ def shared_sampling(rollouts: Sequence[dict[str, Any]]) -> dict[str, float]:
 def _head_config(
     settings: HeadsSettings, model: Any, base_model: str, gamma: float, sampling: dict[str, float]
 ) -> HeadConfig:
-    num_layers = model.config.num_hidden_layers
+    num_layers = getattr(model.config, "num_hidden_layers", None)
+    if num_layers is None:
+        raise ValueError(f"model.backbone: heads are for text models, not for {model.config.model_type}; train a LenVM")
     for layer in settings.layers:
         if not 0 <= layer < num_layers:
             raise ValueError(f"heads.layers: must be of 0 to {num_layers - 1}, got {layer}")

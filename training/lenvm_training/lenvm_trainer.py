@@ -45,8 +45,8 @@ from lenvm_training.rollout_data import (
     check_tokenizer,
     load_rollouts,
     select_eval_rollouts,
-    select_rollouts,
 )
+from lenvm_training.rollout_files import choose_rollouts
 from lenvm_training.rollouts import FINISHED
 from lenvm_training.targets import TargetConfig, mean_target
 
@@ -196,12 +196,15 @@ def last_checkpoint(output: Path) -> str | None:
 
 
 def _load_datasets(settings: DataSettings, target: TargetConfig) -> tuple[RolloutDataset, RolloutDataset | None]:
-    train = RolloutDataset(select_rollouts(load_rollouts(settings.rollouts), settings), target.censored != "leave_out")
+    rows = choose_rollouts(load_rollouts(settings.rollouts), settings, "training")
+    train = RolloutDataset(rows, target.censored != "leave_out")
     if not any(row["finish_reason"] == FINISHED for row in train.rows):
         raise ValueError(f"data.rollouts: no finished completion within {settings.max_tokens} tokens")
     if not settings.eval_rollouts:
         return train, None
-    held_out = RolloutDataset(select_eval_rollouts(load_rollouts(settings.eval_rollouts), settings))
+    limit = DataSettings((), max_tokens=settings.max_tokens)
+    held_out_rows = choose_rollouts(load_rollouts(settings.eval_rollouts), limit, "held-out")
+    held_out = RolloutDataset(select_eval_rollouts(held_out_rows, settings))
     if not len(held_out):
         raise ValueError(f"data.eval_rollouts: no finished completion within {settings.max_tokens} tokens")
     return train, held_out

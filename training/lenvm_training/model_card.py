@@ -157,7 +157,7 @@ length in tokens; `mse` and `calibration_error` are in the target space.
 
 def _describe_cut(train: RolloutDataset, rule: str) -> str:
     if rule == "leave_out":
-        return f"{train.num_left_out} more were cut by the token limit and have no target."
+        return f"{train.num_left_out} more of this length were cut by the token limit and have no target."
     return (
         "Of those cut by the token limit, what they still had is the least that their states' remaining length can be."
     )
@@ -206,4 +206,6 @@ def _describe(rollouts: Sequence[dict[str, Any]]) -> str:
     total = Counter(row["domain"] for row in rollouts)
     prompts = len({row["prompt_id"] for row in rollouts})
     domains = ", ".join(f"{domain} {finished[domain]} of {total[domain]}" for domain in sorted(total))
-    return f"{sum(finished.values())} finished of {len(rollouts)} completions of {prompts} prompts ({domains})."
+    longest = max(len(row["prompt_token_ids"]) + len(row["output_token_ids"]) for row in rollouts)
+    counts = f"{sum(finished.values())} finished of {len(rollouts)} completions of {prompts} prompts ({domains})"
+    return f"{counts}, none of more than {longest} tokens with its prompt."

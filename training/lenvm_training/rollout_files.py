@@ -6,6 +6,7 @@ import json
 import random
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,16 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     with partial.open("w", encoding="utf-8") as stream:
         stream.writelines(line + "\n" for line in lines)
     partial.replace(path)
+
+
+def choose_rollouts(rows: Sequence[dict[str, Any]], settings: DataSettings, kind: str) -> list[dict[str, Any]]:
+    """`select_rollouts`; says how many of this ``kind`` are left out for their length."""
+    kept = select_rollouts(rows, settings)
+    total = len(select_rollouts(rows, replace(settings, max_tokens=sys.maxsize)))
+    if len(kept) < total:
+        too_long = f"{total - len(kept)} of {total} {kind} completions are left out"
+        say(f"{too_long}: more than data.max_tokens, {settings.max_tokens}")
+    return kept
 
 
 def say(message: str) -> None:
