@@ -265,6 +265,17 @@ def test_the_first_signal_finishes_what_is_under_way_and_the_second_does_not(
         assert signal.getsignal(number) == before
 
 
+def test_images_are_refused_before_an_engine_is_started(files: str, capsys: pytest.CaptureFixture[str]) -> None:
+    content = [{"type": "image"}, {"type": "text", "text": "what?"}]
+    prompt = {"id": "seen", "domain": "d", "messages": [{"role": "user", "content": content}], "images": ["a.png"]}
+    new = [files, "rollouts.out=a.jsonl", "rollouts.eval_out=b.jsonl"]
+    for name in ("prompts.jsonl", "eval_prompts.jsonl"):
+        write_rows(Path(name), [prompt])
+    assert refusal(capsys, "rollouts", new).startswith("prompt seen: images need an OpenAI-compatible endpoint")
+    line = refusal(capsys, "rollouts", [*new, "rollouts.api=openai"])
+    assert line == "prompt seen: has images, which backbone does not take"
+
+
 def test_every_held_out_completion_is_evaluated(files: str, capsys: pytest.CaptureFixture[str]) -> None:
     rows = lines("eval.jsonl")
     rows[0]["output_token_ids"] = [9] * 4200 + [1]

@@ -16,7 +16,14 @@ import httpx
 import pytest
 from jinja2 import TemplateError
 
-from lenvm_training.endpoints import EngineError, PromptRefusedError, Retry, Sampling
+from lenvm_training.endpoints import (
+    EndpointError,
+    EngineError,
+    MissingCompletionsError,
+    PromptRefusedError,
+    Retry,
+    Sampling,
+)
 from lenvm_training.prompts import Prompt, PromptFileError, read_prompts, template_prompts
 from lenvm_training.rollout_data import load_rollouts
 from lenvm_training.rollouts import (
@@ -148,6 +155,11 @@ STOPPED = {"finish_reason": {"type": "stop"}}
         answer_with(output_ids=[None], meta_info=STOPPED),
         answer_with(output_ids=[1], meta_info={"finish_reason": None}),
         answer_with(output_ids=[1], meta_info={"finish_reason": {"type": "abort"}}),
+        answer_with(output_ids=[1], meta_info={"finish_reason": {"type": "content_filter"}}),
+        answer_with(output_ids=[-1], meta_info=STOPPED),
+        answer_with(output_ids=[2**31], meta_info=STOPPED),
+        lambda: httpx.Response(200, text="[" * 100_000),
+        lambda: httpx.Response(200, content=b"no gzip", headers={"Content-Encoding": "gzip"}),
     ],
 )
 def test_passing_failures_are_tried_again(tmp_path: Path, fail: Callable[[], httpx.Response]) -> None:
@@ -156,6 +168,75 @@ def test_passing_failures_are_tried_again(tmp_path: Path, fail: Callable[[], htt
     assert len(list(read_rollouts(path))) == 10
     with pytest.raises(EngineError):
         sample(tmp_path / "other.jsonl", flaky(9, fail))
+
+
+def test_a_request_that_never_succeeds_cuts_no_other_off(tmp_path: Path) -> None:
+    """Else what is under way, which is long, would be lost each time, and the rest never be sampled."""
+    path, seen = tmp_path / "r.jsonl", []
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        first_token = json.loads(request.content)["input_ids"][0]
+        seen.append(first_token)
+        if first_token == 0:
+            return httpx.Response(500, text="no")
+        await asyncio.sleep(0.02)
+        return httpx.Response(200, json={"output_ids": [1], "meta_info": STOPPED})
+
+    with pytest.raises(MissingCompletionsError, match=r"^2 completions are missing; the last: .* prompt p0: 500 no"):
+        sample(path, httpx.MockTransport(answer), concurrency=4)
+    assert len(list(read_rollouts(path))) == 8
+    assert seen.count(0) == 2 * AT_ONCE.attempts
+    seen.clear()
+    with pytest.raises(EngineError):
+        sample(path, httpx.MockTransport(answer), concurrency=4)
+    assert set(seen) == {0}, "the others are there"
+
+
+def test_nothing_new_is_begun_on_an_engine_that_is_down(tmp_path: Path) -> None:
+    tries: list[int] = []
+
+    def answer(_: httpx.Request) -> httpx.Response:
+        tries.append(1)
+        raise httpx.ConnectError("down")
+
+    prompts = [Prompt(f"p{i}", "math", [{"role": "user", "content": str(i)}]) for i in range(100)]
+    with pytest.raises(EngineError, match="does not answer") as error:
+        sample(tmp_path / "r.jsonl", httpx.MockTransport(answer), prompts=prompts, concurrency=4)
+    assert not isinstance(error.value, MissingCompletionsError)
+    assert len(tries) <= 2 * 4 * AT_ONCE.attempts
+
+
+def test_a_completion_that_is_not_whole_is_sampled_again(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    sample(path, engine([]))
+    rows = [row | ({"finish_reason": "error"} if row["sample"] else {}) for row in read_rollouts(path)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert sample(path, engine([])) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sampling": None}, "sampled with temperature unknown"),
+        ({"sample": [1]}, "r.jsonl:1: no field 'sample' of type int"),
+    ],
+)
+def test_a_file_of_something_else_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = tmp_path / "r.jsonl"
+    sample(path, engine([]))
+    path.write_text("".join(json.dumps(row | change) + "\n" for row in read_rollouts(path)))
+    with pytest.raises(ValueError, match=message):
+        sample(path, engine([]))
+
+
+@pytest.mark.parametrize("tokens", [[], None, ["a"], 5])
+def test_beginnings_need_their_token_ids(tmp_path: Path, tokens: Any) -> None:
+    path = tmp_path / "r.jsonl"
+    sample(path, engine([]))
+    rows = list(read_rollouts(path))
+    path.write_text(json.dumps(rows[0] | {"output_token_ids": tokens}) + "\n")
+    with pytest.raises(ValueError, match=rf"r\.jsonl: prompt {rows[0]['prompt_id']} sample \d: without its token ids"):
+        read_beginnings([path], rows[0]["tokenizer"], Sampling())
 
 
 def test_an_answer_that_cannot_be_used_is_quoted(tmp_path: Path) -> None:
@@ -330,7 +411,7 @@ def test_the_limit_on_open_files_is_raised_or_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("status", "error"), [(400, PromptRefusedError), (413, PromptRefusedError), (422, PromptRefusedError),
-                          (401, EngineError), (403, EngineError), (404, EngineError)]
+                          (401, EndpointError), (403, EndpointError), (404, EndpointError), (307, EndpointError)]
 )  # fmt: skip
 def test_a_refusal_is_not_tried_again(tmp_path: Path, status: int, error: type[Exception]) -> None:
     with pytest.raises(error, match=rf"engine refused prompt p\d: {status} too long"):
@@ -517,7 +598,7 @@ def test_the_api_key_goes_along_where_it_is_set(tmp_path: Path, monkeypatch: pyt
 
 
 def test_an_endpoint_without_token_ids_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="returns no token ids"):
+    with pytest.raises(EndpointError, match="returns no token ids"):
         sample(tmp_path / "r.jsonl", openai_server([], {"text": "x", "finish_reason": "stop"}), api="openai")
 
 
@@ -548,7 +629,7 @@ def test_images_go_as_data_and_stay_in_the_row(tmp_path: Path) -> None:
     }
     (row,) = read_rollouts(path)
     assert row["images"] == [str(image)]
-    with pytest.raises(EngineError, match="images need an OpenAI-compatible endpoint"):
+    with pytest.raises(EndpointError, match="images need an OpenAI-compatible endpoint"):
         sample(tmp_path / "other.jsonl", engine([]), prompts=[Prompt("s", "i", PROMPTS[0].messages, [str(image)])])
 
 

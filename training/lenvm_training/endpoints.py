@@ -21,13 +21,29 @@ from tqdm import tqdm
 RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 REFUSED_STATUS = frozenset({400, 413, 422})
 """Of what is asked, not of who asks or where: another try would end the same."""
+UNUSABLE_STATUS = frozenset({301, 302, 303, 307, 308, 401, 403, 404, 405})
+"""Of who asks or where."""
 ABORTED = "abort"
+WHOLE = ("stop", "length")
+"""Finish reasons of completions that are what the model wrote: it ended, or the token limit was reached."""
+MAX_TOKEN_ID = 2**31 - 1
+
+IMAGES_NEED_OPENAI = "images need an OpenAI-compatible endpoint (rollouts.api: openai)"
+HOW_TO_REACH = "rollouts.engine_url is the server's address without /v1, OPENAI_API_KEY its key"
 
 Answer = TypeVar("Answer")
 
 
 class EngineError(RuntimeError):
     """The engine did not answer, or refused a request."""
+
+
+class MissingCompletionsError(EngineError):
+    """The engine answers, but some requests had no usable answer in all their tries."""
+
+
+class EndpointError(ValueError):
+    """No completion can be had from this server, whatever the prompt and whenever it is asked."""
 
 
 class PromptRefusedError(ValueError):
@@ -93,7 +109,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """``token_ids`` include the end token of a finished answer; ``finish_reason`` is OpenAI's (stop, length, ...)."""
+    """``token_ids`` include the end token of a finished answer; ``finish_reason`` is one of `WHOLE`."""
 
     token_ids: list[int]
     finish_reason: str
@@ -103,7 +119,10 @@ class Endpoint(Protocol):
     """Where completions come from."""
 
     async def complete(self, request: Request, sampling: Sampling) -> Completion:
-        """Sample one completion. Raises EngineError, and PromptRefusedError for a prompt that cannot be completed."""
+        """Sample one completion.
+
+        Raises EngineError, PromptRefusedError for a prompt that cannot be completed, and EndpointError.
+        """
 
 
 class EngineEndpoint:
@@ -114,7 +133,7 @@ class EngineEndpoint:
 
     async def complete(self, request: Request, sampling: Sampling) -> Completion:
         if request.images:
-            raise EngineError(f"prompt {request.name}: images need an OpenAI-compatible endpoint (api: openai)")
+            raise EndpointError(f"prompt {request.name}: {IMAGES_NEED_OPENAI}")
         body = {"input_ids": list(request.token_ids), "sampling_params": asdict(sampling)}
         return await _post(self._client, "/generate", body, request.name, self._retry, self._read)
 
@@ -139,17 +158,21 @@ class OpenAIEndpoint:
     def _read(self, answer: Any) -> Completion:
         choice = answer["choices"][0]
         if choice["finish_reason"] != ABORTED and choice.get("token_ids") is None:
-            raise EngineError(f"{self._client.base_url} returns no token ids (return_token_ids), only text")
+            raise EndpointError(f"{self._client.base_url} returns no token ids (return_token_ids), only text")
         return _completion(choice.get("token_ids"), choice["finish_reason"])
 
 
 def _completion(token_ids: Any, finish_reason: Any) -> Completion:
     """Raises ValueError for what is no whole completion."""
-    if not isinstance(finish_reason, str) or finish_reason == ABORTED:
+    if finish_reason not in WHOLE:
         raise ValueError(f"finish reason {finish_reason}")
-    if not isinstance(token_ids, list) or not token_ids or any(type(token) is not int for token in token_ids):
+    if not isinstance(token_ids, list) or not token_ids or not all(map(_is_token_id, token_ids)):
         raise ValueError("no token ids")
     return Completion(token_ids, finish_reason)
+
+
+def _is_token_id(token: Any) -> bool:
+    return type(token) is int and 0 <= token <= MAX_TOKEN_ID
 
 
 async def connect(api: str, client: httpx.AsyncClient, retry: Retry) -> Endpoint:
@@ -212,18 +235,22 @@ async def _request(
             response = await client.request(method, path, json=body)
             if response.status_code == 200:
                 return read(response.json())
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             problem = f"the engine at {client.base_url} does not answer: {error!r}"
             if isinstance(error, httpx.ReadTimeout):
                 tqdm.write(
                     f"{name}: no answer in {client.timeout.read:g} s (rollouts.timeout_s), it is lost", file=sys.stderr
                 )
-        except (ValueError, LookupError, TypeError) as error:
+        except EndpointError:
+            raise
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             problem = f"the engine's answer to {name} cannot be used ({error!r}): {response.text[:200]}"
         else:
             problem = f"the engine refused {name}: {response.status_code} {response.text[:200]}"
             if method == "POST" and response.status_code in REFUSED_STATUS:
                 raise PromptRefusedError(f"{problem} (too long? rollouts.max_prompt_tokens leaves such prompts out)")
+            if response.status_code in UNUSABLE_STATUS:
+                raise EndpointError(f"{problem} ({HOW_TO_REACH})")
             if response.status_code not in RETRIED_STATUS:
                 break
         if failures < retry.attempts:

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from lenvm_kernels.checkpoint import load_head
 from lenvm_kernels.checkpoint_files import CANDIDATE_FILE
 from lenvm_training.config import ConfigError, Experiment, PromptSettings, RolloutSettings
-from lenvm_training.endpoints import Retry, Sampling
+from lenvm_training.endpoints import IMAGES_NEED_OPENAI, MissingCompletionsError, Retry, Sampling
 from lenvm_training.model import (
     LenVMConfig,
     ModelSettings,
@@ -123,15 +123,36 @@ def write_rollouts(experiment: Experiment, command: Sequence[str]) -> None:
         (_read_prompts(experiment.prompts.out), settings.out, settings.samples),
     )
     _check_before_sampling(experiment, settings.sampling, Path(settings.out), Path(settings.eval_out))
+    _check_images(experiment, [prompt for prompts, _, _ in parts for prompt in prompts])
     begun = _beginnings(experiment, parts)
     if not _engine_url(experiment):
         _run_with_engine(experiment, command)
     encoders = [CachedEncoder(_encoder(experiment, prompts)) for prompts, _, _ in parts]
     kept = [_short_enough(part, encoder, settings) for part, encoder in zip(parts, encoders, strict=True)]
+    missing: list[MissingCompletionsError] = []
     for (_, out, samples), encoder, prompts in zip(parts, encoders, kept, strict=True):
-        added = asyncio.run(_sample(experiment, prompts, encoder, Path(out), samples, settings.sampling, begun))
+        try:
+            added = asyncio.run(_sample(experiment, prompts, encoder, Path(out), samples, settings.sampling, begun))
+        except MissingCompletionsError as error:
+            missing.append(error)
+            continue
         say(f"{out}: {added} completions added")
         write_length_report(load_rollouts([out]), Path(out).with_suffix(""))
+    if missing:
+        raise missing[0]
+
+
+def _check_images(experiment: Experiment, prompts: Sequence[Prompt]) -> None:
+    """Raises ConfigError for prompts with images that the engine, or the served model, would not take."""
+    from transformers import AutoProcessor
+
+    pictured = next((prompt for prompt in prompts if prompt.images), None)
+    if pictured is None:
+        return
+    if _rollout_settings(experiment).api != "openai":
+        raise ConfigError(f"prompt {pictured.id}: {IMAGES_NEED_OPENAI}")
+    if not hasattr(AutoProcessor.from_pretrained(_served_folder(experiment)), "image_processor"):
+        raise ConfigError(f"prompt {pictured.id}: has images, which {experiment.model.served_model} does not take")
 
 
 def _short_enough(part: Part, encoder: PromptEncoder, settings: RolloutSettings) -> list[Prompt]:

@@ -22,7 +22,7 @@ import time
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,17 +30,27 @@ import httpx
 from jinja2 import TemplateError
 from tqdm import tqdm
 
-from lenvm_training.endpoints import ABORTED, Completion, Endpoint, Request, Retry, Sampling, connect
+from lenvm_training.endpoints import (
+    ABORTED,
+    WHOLE,
+    Completion,
+    Endpoint,
+    EngineError,
+    MissingCompletionsError,
+    Request,
+    Retry,
+    Sampling,
+    connect,
+)
 from lenvm_training.prompts import Prompt, parse_object
 from lenvm_training.tokens import tokenizer_fingerprint
 
-FINISHED = "stop"
-TRUNCATED = "length"
+FINISHED, TRUNCATED = WHOLE
 CONNECT_TIMEOUT_S = 60.0
 POOL_CONNECTIONS = 64
 """Connections a client: the time httpx spends in choosing one grows with more than the square of their number."""
 SPARE_FILES = 256
-IDENTIFYING_FIELDS = ("prompt_id", "sample", "finish_reason")
+IDENTIFYING_FIELDS = {"prompt_id": str, "sample": int, "finish_reason": str}
 
 Beginnings = Mapping[tuple[str, int], dict[str, Any]]
 """Rows sampled with a lower token limit, by prompt id and sample: cut ones are gone on with, ended ones taken over."""
@@ -121,11 +131,12 @@ async def sample_rollouts(
     Those of ``beginnings`` are not begun anew.
 
     Once ``stop`` is set no new completion is begun, and those under way are finished: cutting them off
-    would leave out the long ones. Raises EngineError when the engine stays down, RolloutWriteError when
-    a row cannot be written; rows already written stay. ValueError: ``path`` holds rollouts of another tokenizer
-    or sampling or of prompts that have changed, or another process is writing to it; ``engine_url`` is no address; the
-    system does not allow as many connections as ``concurrency``; or a prompt cannot be completed (what is under way
-    then is finished, as after ``stop``).
+    would leave out the long ones. So it is when ``concurrency`` requests (at least two) in a row had no usable answer in
+    all their tries: EngineError, the engine is down. Fewer are passed over: MissingCompletionsError, at the end.
+    RolloutWriteError when a row cannot be written; rows already written stay. ValueError: ``path`` holds rollouts of
+    another tokenizer or sampling or of prompts that have changed, or another process is writing to it; ``engine_url``
+    is no address; the system does not allow as many connections as ``concurrency``; or a prompt cannot be completed, or
+    none can (what is under way then is finished, too).
     """
     _check_url(engine_url)
     reserve_files(concurrency)
@@ -133,6 +144,7 @@ async def sample_rollouts(
     jobs = [(prompt, sample) for prompt in prompts for sample in range(num_samples)]
     added = 0
     unusable: list[ValueError] = []
+    given_up = _GivenUp(max(2, concurrency))
     path.parent.mkdir(parents=True, exist_ok=True)
     async with AsyncExitStack() as stack:
         write = stack.enter_context(_writer(path))
@@ -149,22 +161,48 @@ async def sample_rollouts(
         async def work(endpoint: Endpoint) -> None:
             nonlocal added
             for prompt, sample in queue:
-                if unusable or (stop is not None and stop.is_set()):
+                if unusable or given_up.is_down or (stop is not None and stop.is_set()):
                     return
                 begun = (beginnings or {}).get((prompt.id, sample))
                 try:
                     row = await _sample_one(endpoint, prompt, sample, encoder, sampling, begun)
+                except EngineError as error:
+                    given_up.add(error)
+                    continue
                 except ValueError as error:
                     unusable.append(error)
                     return
                 write(row)
                 progress.count(row)
+                given_up.in_a_row = 0
                 added += 1
 
         await _run_all(work(endpoints[number % len(endpoints)]) for number in range(concurrency))
     if unusable:
         raise unusable[0]
+    given_up.raise_last()
     return added
+
+
+@dataclass
+class _GivenUp:
+    """Requests that had no usable answer in all their tries. The engine is down after ``patience`` in a row."""
+
+    patience: int
+    errors: list[EngineError] = field(default_factory=list)
+    in_a_row: int = 0
+    is_down: bool = False
+
+    def add(self, error: EngineError) -> None:
+        self.errors.append(error)
+        self.in_a_row += 1
+        self.is_down = self.is_down or self.in_a_row >= self.patience
+
+    def raise_last(self) -> None:
+        if self.is_down:
+            raise self.errors[-1]
+        if self.errors:
+            raise MissingCompletionsError(f"{len(self.errors)} completions are missing; the last: {self.errors[-1]}")
 
 
 def _check_url(url: str) -> None:
@@ -264,9 +302,9 @@ def read_rollouts(path: Path) -> Iterable[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 return
             row = parse_object(line, f"{path}:{number}")
-            for name in IDENTIFYING_FIELDS:
-                if name not in row:
-                    raise ValueError(f"{path}:{number}: no field {name!r}: not a file of rollouts")
+            for name, kind in IDENTIFYING_FIELDS.items():
+                if not isinstance(row.get(name), kind):
+                    raise ValueError(f"{path}:{number}: no field {name!r} of type {kind.__name__}: no rollouts")
             yield row
 
 
@@ -280,7 +318,8 @@ def check_sampling(path: Path, sampling: Sampling) -> None:
 def _check_sampling(
     path: Path, row: dict[str, Any], sampling: Sampling, advice: str = "; write to another file"
 ) -> None:
-    there = row.get("sampling", {})
+    there = row.get("sampling")
+    there = there if isinstance(there, dict) else {}
     for name, value in asdict(sampling).items():
         if there.get(name) != value:
             known = there.get(name, "unknown")
@@ -301,7 +340,7 @@ def _completed(
         if row.get("tokenizer", encoder.fingerprint) != encoder.fingerprint:
             raise ValueError(f"{path}: holds rollouts of another tokenizer; write to another file")
         _check_sampling(path, row, sampling)
-        if row["finish_reason"] == ABORTED:
+        if row["finish_reason"] not in WHOLE:
             continue
         if row["prompt_id"] in by_id:
             _check_prompt(path, row, by_id[row["prompt_id"]], encoder)
@@ -410,8 +449,7 @@ def read_beginnings(paths: Iterable[Path], fingerprint: str, sampling: Sampling)
             raise ValueError(f"{path}: no such file")
         for row in read_rollouts(path):
             key = (row["prompt_id"], row["sample"])
-            limit = row.get("sampling", {}).get("max_new_tokens", sampling.max_new_tokens)
-            _check_sampling(path, row, replace(sampling, max_new_tokens=min(limit, sampling.max_new_tokens)), "")
+            _check_sampling(path, row, replace(sampling, max_new_tokens=_lower_limit(row, sampling)), "")
             if row.get("tokenizer") != fingerprint:
                 raise ValueError(f"{path}: holds rollouts of another tokenizer")
             if row.get("images"):
@@ -419,13 +457,29 @@ def read_beginnings(paths: Iterable[Path], fingerprint: str, sampling: Sampling)
             if key in beginnings:
                 raise ValueError(f"{path}: prompt {key[0]} sample {key[1]} is there twice")
             if row["finish_reason"] != ABORTED:
-                tokens = {name: array("i", row[name]) for name in ("prompt_token_ids", "output_token_ids")}
-                beginnings[key] = tokens | {"finish_reason": row["finish_reason"]}
+                beginnings[key] = _begun(path, row)
     ends = {row["output_token_ids"][-1] for row in beginnings.values() if row["finish_reason"] == FINISHED}
     for row in beginnings.values():
         if row["output_token_ids"][-1] in ends:
             row["finish_reason"] = FINISHED
     return beginnings
+
+
+def _lower_limit(row: dict[str, Any], sampling: Sampling) -> int:
+    """The row's own token limit, where it tells one that is not greater."""
+    there = row.get("sampling")
+    limit = there.get("max_new_tokens") if isinstance(there, dict) else None
+    return limit if isinstance(limit, int) and 0 < limit < sampling.max_new_tokens else sampling.max_new_tokens
+
+
+def _begun(path: Path, row: dict[str, Any]) -> dict[str, Any]:
+    try:
+        tokens = {name: array("i", row[name]) for name in ("prompt_token_ids", "output_token_ids")}
+    except (LookupError, TypeError, OverflowError):
+        tokens = {}
+    if not all(tokens.values()) or not tokens:
+        raise ValueError(f"{path}: prompt {row['prompt_id']} sample {row['sample']}: without its token ids")
+    return tokens | {"finish_reason": row["finish_reason"]}
 
 
 def check_beginnings(
