@@ -125,7 +125,7 @@ ONE_PROMPT = "prompts.out=one_prompt.jsonl prompts.eval_out=one_prompt.jsonl rol
         ("evaluate config.yaml data.eval_rollouts=[nameless.jsonl]", "nameless.jsonl:1: field 'domain' is missing"),
         ("rollouts config.yaml prompts.eval_out=words.jsonl prompts.out=words.jsonl", "words.jsonl:1: no field 'id'"),
         (f"rollouts config.yaml rollouts.eval_out=fields.jsonl rollouts.out=new.jsonl {ONE_PROMPT}",
-         "fields.jsonl:1: no field 'sample': not a file of rollouts"),
+         "fields.jsonl:1: no field 'sample' of type int: no rollouts"),
         # mixed tokenizers
         ("train config.yaml data.rollouts=[mixed.jsonl]", "rollouts of different tokenizers: mixed.jsonl:1 and"),
         ("train config.yaml data.rollouts=[other.jsonl]", "prompt 0-0 sample"),

@@ -131,7 +131,7 @@ async def sample_rollouts(
     Those of ``beginnings`` are not begun anew.
 
     Once ``stop`` is set no new completion is begun, and those under way are finished: cutting them off
-    would leave out the long ones. So it is when ``concurrency`` requests (at least two) in a row had no usable answer in
+    would leave out the long ones. So it is when ``concurrency`` requests (at least two) in a row had no answer in
     all their tries: EngineError, the engine is down. Fewer are passed over: MissingCompletionsError, at the end.
     RolloutWriteError when a row cannot be written; rows already written stay. ValueError: ``path`` holds rollouts of
     another tokenizer or sampling or of prompts that have changed, or another process is writing to it; ``engine_url``
@@ -180,7 +180,7 @@ async def sample_rollouts(
         await _run_all(work(endpoints[number % len(endpoints)]) for number in range(concurrency))
     if unusable:
         raise unusable[0]
-    given_up.raise_last()
+    given_up.raise_last(added)
     return added
 
 
@@ -198,11 +198,12 @@ class _GivenUp:
         self.in_a_row += 1
         self.is_down = self.is_down or self.in_a_row >= self.patience
 
-    def raise_last(self) -> None:
+    def raise_last(self, num_answered: int) -> None:
         if self.is_down:
             raise self.errors[-1]
         if self.errors:
-            raise MissingCompletionsError(f"{len(self.errors)} completions are missing; the last: {self.errors[-1]}")
+            missing = f"{len(self.errors)} completions are missing; the last: " if num_answered else ""
+            raise MissingCompletionsError(f"{missing}{self.errors[-1]}")
 
 
 def _check_url(url: str) -> None:
