@@ -166,12 +166,26 @@ def test_images_are_kept_as_files_once(tmp_path: Path) -> None:
         ('{"a": [{"role": "robot", "content": "x"}]}\n', ColumnMap(conversation="a"), "row 0: a turn .* no known role"),
         ('{"a": ["x"]}\n', ColumnMap(conversation="a"), "row 0: a turn .* no known role"),
         ('{"a": "x"}\n', ColumnMap(conversation="a"), "row 0: no conversation .a list of turns.: x"),
+        (
+            '{"a": [{"role": "system", "content": "x"}], "i": "PICTURE"}\n',
+            ColumnMap(conversation="a", image="i"),
+            "no user turn",
+        ),
         ('{"a": [{"role": "user"}]}\n', ColumnMap(text="a"), "row 0: no text: .*role"),
         ('{"a": "x", "i": "not an image"}\n', ColumnMap(text="a", image="i"), "row 0: not a usable image"),
+        ('{"a": "x", "i": 7}\n', ColumnMap(text="a", image="i"), "row 0: not a usable image"),
+        (
+            '{"a": "x", "i": {"bytes": null, "path": null}}\n',
+            ColumnMap(text="a", image="i"),
+            "row 0: not a usable image",
+        ),
+        ('{"a": "x", "i": {"size": 3}}\n', ColumnMap(text="a", image="i"), "row 0: not a usable image"),
+        ('{"a": "x", "i": ["one.png", "two.png"]}\n', ColumnMap(text="a", image="i"), "row 0: not a usable image"),
     ],
 )
 def test_a_bad_data_set_is_one_clear_line(tmp_path: Path, content: str, columns: ColumnMap, message: str) -> None:
-    (tmp_path / "bad.jsonl").write_text(content)
+    Image.new("RGB", (2, 2)).save(tmp_path / "dot.png")
+    (tmp_path / "bad.jsonl").write_text(content.replace("PICTURE", str(tmp_path / "dot.png")))
     source = PromptSource(5, path=str(tmp_path / "bad.jsonl"), domain="x", columns=columns)
     with pytest.raises(PromptFileError, match=message) as raised:
         load_prompts(source, tmp_path, 0)

@@ -97,6 +97,15 @@ def test_rollouts_of_an_unknown_prompt_are_refused() -> None:
         list(group_rollouts(rollouts(), PROMPTS[:3], TOKENIZER))
 
 
+def test_nothing_is_written_over_what_it_is_made_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_rows(tmp_path / "r.jsonl", make_rows(2))
+    for out in (path, Path("r.jsonl")):
+        with pytest.raises(ValueError, match="would replace what it is made from"):
+            downsample(str(path), out, 1, 0)
+    assert len(path.read_text().splitlines()) == 8
+
+
 def test_the_report_counts_by_domain(tmp_path: Path) -> None:
     rows = make_rows(40)
     report = write_length_report(rows, tmp_path)

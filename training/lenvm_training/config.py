@@ -59,6 +59,7 @@ class PromptSettings:
         if not (self.sources or self.templates or self.self_made):
             raise ValueError("prompts: give 'sources', 'templates' or 'self_made'")
         _check_least("prompts", self, templates=0, self_made=0, self_made_tokens=1)
+        _check_two_files("prompts", self.out, self.eval_out)
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class RolloutSettings:
         if self.api not in APIS:
             raise ValueError(f"rollouts.api: must be one of {', '.join(APIS)}, got {self.api!r}")
         _check_least("rollouts", self, samples=1, eval_samples=1, concurrency=1, max_prompt_tokens=1)
+        _check_two_files("rollouts", self.out, self.eval_out)
         if not 0 < self.timeout_s < float("inf"):
             raise ValueError(f"rollouts.timeout_s: must be positive and finite, got {self.timeout_s}")
 
@@ -165,6 +167,11 @@ class Experiment:
             raise ValueError("model.served_name: does nothing for 'heads', which are of the model in model.base_name")
         if self.data.max_eval_completions != DataSettings.max_eval_completions:
             raise ValueError("data.max_eval_completions: does nothing for 'heads'")
+
+
+def _check_two_files(section: str, out: str, eval_out: str) -> None:
+    if Path(out).expanduser().resolve() == Path(eval_out).expanduser().resolve():
+        raise ValueError(f"{section}.eval_out: must be another file than {section}.out, {out}")
 
 
 def _check_least(section: str, settings: object, **least: int) -> None:

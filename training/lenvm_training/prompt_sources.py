@@ -194,10 +194,10 @@ def _to_prompt(row: dict[str, Any], index: int, source: PromptSource, image_fold
         messages = _before_first_answer(row[columns.conversation], name)
     if not any(message["content"].strip() for message in messages):
         return None
-    if not columns.image or row[columns.image] is None:
+    if not columns.image or row[columns.image] in (None, []):
         return Prompt(name, source.domain, messages)
     image = save_image(row[columns.image], image_folder, name)
-    return Prompt(name, source.domain, _with_image(messages), [image])
+    return Prompt(name, source.domain, _with_image(messages, name), [image])
 
 
 def _text(value: Any, where: str) -> str:
@@ -220,23 +220,27 @@ def _before_first_answer(turns: Any, where: str) -> list[dict[str, Any]]:
     return messages
 
 
-def _with_image(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _with_image(messages: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
     """The image stands first in the first user message; a marker for it in the text goes."""
-    first = next(index for index, message in enumerate(messages) if message["role"] == "user")
+    first = next((index for index, message in enumerate(messages) if message["role"] == "user"), None)
+    if first is None:
+        raise PromptFileError(f"{where}: an image, and no user turn that it belongs to")
     text = messages[first]["content"].replace(IMAGE_MARKER, "").strip()
     content = [{"type": "image"}, {"type": "text", "text": text}]
     return [*messages[:first], {"role": "user", "content": content}, *messages[first + 1 :]]
 
 
 def save_image(value: Any, folder: Path, where: str) -> str:
-    """Write a picture as PNG, named by its pixels, once. Raises PromptFileError."""
+    """Write a picture as PNG, named by its pixels, once. A list of one stands for it. Raises PromptFileError."""
     from PIL import Image, UnidentifiedImageError
 
     try:
+        if isinstance(value, list):
+            (value,) = value
         image = value if isinstance(value, Image.Image) else Image.open(io.BytesIO(_image_bytes(value)))
         image = image.convert("RGB")
-    except (OSError, ValueError, binascii.Error, UnidentifiedImageError) as error:
-        raise PromptFileError(f"{where}: not a usable image ({error})") from None
+    except (OSError, ValueError, TypeError, LookupError, binascii.Error, UnidentifiedImageError) as error:
+        raise PromptFileError(f"{where}: not a usable image ({error!r})") from None
     digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
     path = folder / f"{digest[:24]}.png"
     if not path.exists():

@@ -30,6 +30,7 @@ def downsample(rollouts: str, out: Path, samples: int, seed: int) -> None:
     """At most ``samples`` completions of each prompt, seeded."""
     if samples < 1:
         raise ValueError(f"--samples: must be at least 1, got {samples}")
+    _check_kept(out, Path(rollouts))
     settings = DataSettings((), max_samples_per_prompt=samples, max_tokens=sys.maxsize, seed=seed)
     rows = select_rollouts(load_rollouts([rollouts]), settings)
     write_lines(out, (json.dumps(row) for row in as_lists(rows)))
@@ -38,6 +39,7 @@ def downsample(rollouts: str, out: Path, samples: int, seed: int) -> None:
 
 def group(rollouts: Path, prompts: Path, model: str, out: Path) -> None:
     """Write the public grouped format, groups in random order."""
+    _check_kept(out, rollouts, prompts)
     tokenizer = load_tokenizer(resolve_folder(model))
     rows = as_lists(load_rollouts([rollouts]))
     random.Random(0).shuffle(rows)
@@ -46,6 +48,7 @@ def group(rollouts: Path, prompts: Path, model: str, out: Path) -> None:
 
 def ungroup(grouped: Path, out: Path, model: str, assume_finished: bool) -> None:
     """Read the public grouped format; says how many rows had to be tokenised anew."""
+    _check_kept(out, grouped)
     reader = GroupedReader(load_tokenizer(resolve_folder(model)), assume_finished)
     rows = []
     with grouped.open("rb") as stream:
@@ -59,11 +62,18 @@ def ungroup(grouped: Path, out: Path, model: str, assume_finished: bool) -> None
 
 def convert_config(reference: Path, out: Path) -> None:
     """Convert a file of the reference; each key that is lost gets a line on standard error and in the file."""
+    _check_kept(out, reference)
     content, problems = convert_reference(load_yaml(reference), str(reference))
     head = "".join(f"# {problem}\n" for problem in problems)
     write_lines(out, [head + yaml.safe_dump(content, sort_keys=False).rstrip()])
     for problem in problems:
         say(problem)
+
+
+def _check_kept(out: Path, *read: Path) -> None:
+    """Raise ValueError where the file to write is one that is read."""
+    if out.resolve() in (path.expanduser().resolve() for path in read):
+        raise ValueError(f"{out}: would replace what it is made from; name another file")
 
 
 def as_lists(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
