@@ -11,9 +11,10 @@ import pytest
 from lenvm_training.grouped_rows import GroupedReader, group_rollouts
 from lenvm_training.prompts import Prompt
 from lenvm_training.rollout_data import RolloutFileError
+from lenvm_training.rollout_files import downsample
 from lenvm_training.rollout_report import length_report, write_length_report
 from lenvm_training.tokens import tokenizer_fingerprint
-from tiny import make_rows, make_tokenizer
+from tiny import make_rows, make_tokenizer, write_rows
 
 TOKENIZER = make_tokenizer()
 PROMPTS = [Prompt(f"0-{index}", "math", [{"role": "user", "content": f"w{index + 4}"}]) for index in range(4)]
