@@ -123,6 +123,15 @@ def test_a_complete_run_is_used_again_wherever_its_folder_lies(tmp_path: Path, m
     assert steps == {"value": 0, "candidate": 0}
 
 
+@pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.pt", "model.safetensors"])
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path: Path, name: str) -> None:
+    settings = settings_in(tmp_path, training={"save_total_limit": None})
+    first = train(settings)
+    (cut,) = tmp_path.glob(f"value/*/checkpoint-{ALL_STEPS['value']}/{name}")
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    assert same(train(settings), first)
+
+
 @pytest.mark.parametrize(
     ("changes", "data", "trained"),
     [

@@ -259,11 +259,31 @@ def test_the_best_checkpoint_is_the_result_when_asked(tmp_path: Path, kind: str)
 
 
 def test_half_written_checkpoints_are_passed_over(tmp_path: Path) -> None:
-    for step in (2, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
+    for name in ("2", "10", "20", "best"):
+        (tmp_path / f"checkpoint-{name}").mkdir()
     (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"epoch": 1.0, "log_his')
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    assert not (tmp_path / "checkpoint-10").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-best"}
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path: Path, name: str) -> None:
+    run = make_run(tmp_path, save_steps=2)
+    figures = train_lenvm(run)
+    cut = tmp_path / "run" / "checkpoint-4" / name
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    assert last_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-2")
+    assert train_lenvm(run) == figures
+
+
+def test_a_damaged_best_checkpoint_is_named(tmp_path: Path) -> None:
+    chosen = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    run = make_run(tmp_path, "head", eval_strategy="steps", eval_steps=2, save_steps=2, **chosen)
+    train_lenvm(run)
+    (tmp_path / "run" / "checkpoint-2" / "value_head.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=r"run/checkpoint-2: the best checkpoint is damaged or gone; remove"):
+        train_lenvm(run)
 
 
 def test_an_output_folder_belongs_to_one_run_on_the_same_rollouts(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from lenvm_kernels.length_value import bin_edges, value_from_length
 from lenvm_training.features import StateTable
 from lenvm_training.head_losses import CandidateLoss, ValueLoss, features_of, imputed_returns
 from lenvm_training.head_settings import HeadsSettings
-from lenvm_training.lenvm_trainer import claim_output, last_checkpoint, training_arguments
+from lenvm_training.lenvm_trainer import best_checkpoint, claim_output, last_checkpoint, training_arguments
 
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 1024,
@@ -68,8 +68,7 @@ class HeadTrainer(Trainer):
     """transformers' Trainer whose best checkpoint is found wherever the folder lies now."""
 
     def _load_best_model(self) -> None:
-        """By its step: the path that a checkpoint holds is wrong once the folder has moved."""
-        self.state.best_model_checkpoint = f"{self.args.output_dir}/checkpoint-{self.state.best_global_step}"
+        self.state.best_model_checkpoint = str(best_checkpoint(self))
         super()._load_best_model()
 
 

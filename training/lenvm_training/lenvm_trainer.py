@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, Trainer, TrainingArguments
@@ -46,7 +49,7 @@ from lenvm_training.rollout_data import (
     load_rollouts,
     select_eval_rollouts,
 )
-from lenvm_training.rollout_files import choose_rollouts
+from lenvm_training.rollout_files import choose_rollouts, say
 from lenvm_training.rollouts import FINISHED
 from lenvm_training.targets import TargetConfig, mean_target
 
@@ -60,6 +63,8 @@ STEP_ORDER = {
 }
 GATHER_WEIGHTS = "stage3_gather_16bit_weights_on_model_save"
 LAST_FILE_OF_CHECKPOINT = "trainer_state.json"
+TORCH_FILES = ("*.pt", "*.pth", "*.bin")
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 @dataclass(frozen=True)
@@ -87,9 +92,7 @@ class LenVMTrainer(Trainer):
             restore_lenvm(_unwrap(model or self.model), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        """By its step: the path that a checkpoint holds is wrong once the folder has moved."""
-        best = f"checkpoint-{self.state.best_global_step}"
-        restore_lenvm(_unwrap(self.model), Path(self.args.output_dir) / best)
+        restore_lenvm(_unwrap(self.model), best_checkpoint(self))
 
 
 def _unwrap(model: Any) -> LenVM:
@@ -186,13 +189,42 @@ def build_collator(model: LenVM, backbone: Path) -> RolloutCollator:
 
 
 def last_checkpoint(output: Path) -> str | None:
-    """The newest complete checkpoint of a run; newer ones that a crash or a full disk left half written are removed."""
-    folders = sorted(output.glob("checkpoint-*"), key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)
-    for folder in folders:
-        if (folder / LAST_FILE_OF_CHECKPOINT).exists():
+    """The newest whole checkpoint of a run; newer ones that a crash or a full disk left half written are removed."""
+    for folder in sorted(_checkpoints(output), key=_step, reverse=True):
+        if _is_whole(folder):
             return str(folder)
+        say(f"{folder}: half written, removed")
         shutil.rmtree(folder)
     return None
+
+
+def best_checkpoint(trainer: Trainer) -> Path:
+    """By its step: the path that a checkpoint holds is wrong once the folder has moved. Raises ValueError."""
+    output = Path(trainer.args.output_dir)
+    folder = output / f"checkpoint-{trainer.state.best_global_step}"
+    if not _is_whole(folder):
+        raise ValueError(f"{folder}: the best checkpoint is damaged or gone; remove {output} to train anew")
+    return folder
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    return [folder for folder in output.glob("checkpoint-*") if _CHECKPOINT.fullmatch(folder.name) and folder.is_dir()]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the file that is written last is there, and neither it nor another one was cut off."""
+    try:
+        json.loads((checkpoint / LAST_FILE_OF_CHECKPOINT).read_text())
+        for path in checkpoint.glob("*.safetensors"):
+            with safe_open(path, "pt"):
+                pass
+    except (FileNotFoundError, ValueError, SafetensorError):
+        return False
+    return all(zipfile.is_zipfile(path) for pattern in TORCH_FILES for path in checkpoint.glob(pattern))
 
 
 def _load_datasets(settings: DataSettings, target: TargetConfig) -> tuple[RolloutDataset, RolloutDataset | None]:
@@ -236,7 +268,7 @@ def claim_output(output: Path, settings: str) -> None:
     path = output / SETTINGS_FILE
     if path.exists() and path.read_text() == settings:
         return
-    if path.exists() and (any(output.glob("checkpoint-*")) or (output / RESULT_FOLDER).exists()):
+    if path.exists() and (_checkpoints(output) or (output / RESULT_FOLDER).exists()):
         raise ValueError(
             f"training.output_dir: {output} holds a run of other settings or rollouts (see {SETTINGS_FILE} there); "
             "set another"
