@@ -115,11 +115,15 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights_bit_by_bit(
     assert not torch.equal(whole.value_head.fc.weight, ValueHead(8).fc.weight)
 
 
-def test_a_complete_run_is_used_again_wherever_its_folder_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = train(settings_in(tmp_path / "work"))
+@pytest.mark.parametrize("max_steps", [-1, 8])
+def test_a_complete_run_is_used_again_wherever_its_folder_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_steps: int
+) -> None:
+    training = {"max_steps": max_steps}
+    first = train(settings_in(tmp_path / "work", training=training))
     shutil.move(tmp_path / "work", tmp_path / "moved")
     steps = count_steps(monkeypatch)
-    assert same(train(settings_in(tmp_path / "moved")), first)
+    assert same(train(settings_in(tmp_path / "moved", training=training)), first)
     assert steps == {"value": 0, "candidate": 0}
 
 

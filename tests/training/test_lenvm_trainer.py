@@ -20,6 +20,7 @@ from lenvm_runtime.value_model.weights import LoraAdapter, backbone_weights, che
 from lenvm_training import lenvm_trainer
 from lenvm_training.lenvm_trainer import LenVMRun, LenVMTrainer, last_checkpoint, train_lenvm, training_arguments
 from lenvm_training.model import LoraSettings, ModelSettings, build_lenvm, load_lenvm
+from lenvm_training.model_card import CARD_FILE, add_evaluation
 from lenvm_training.rollout_data import DataSettings, RolloutCollator, RolloutDataset
 from lenvm_training.targets import TargetConfig
 from processes import run_processes
@@ -69,6 +70,31 @@ def test_training_learns_and_leaves_a_whole_folder(tmp_path: Path) -> None:
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
     assert load_lenvm(folder).lenvm_config.target == TARGET
+
+
+def test_trained_again_a_complete_result_keeps_its_evaluation(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "head")
+    figures = train_lenvm(run)
+    folder = tmp_path / "run" / "lenvm"
+    trained = (folder / CARD_FILE).read_text()
+    add_evaluation(folder, "# Evaluation\n")
+    evaluated = (folder / CARD_FILE).read_text()
+    assert train_lenvm(run) == figures
+    assert (folder / CARD_FILE).read_text() == evaluated
+    (folder / CARD_FILE).write_text(evaluated.replace("Length Value Model", "Another"))
+    assert train_lenvm(run) == figures
+    assert (folder / CARD_FILE).read_text() == trained
+    assert {path.name for path in folder.parent.glob("checkpoint-*")} == {"checkpoint-4"}
+
+
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+def test_the_log_is_not_on_standard_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], disable_tqdm: bool
+) -> None:
+    train_lenvm(make_run(tmp_path, "head", disable_tqdm=disable_tqdm))
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "'loss': " in shown.err
 
 
 def test_cut_completions_are_learned_from_when_asked(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from lenvm_kernels.checkpoint import Head, load_head
 from lenvm_kernels.heads import CandidateHead, HeadConfig, ValueHead
@@ -26,7 +26,13 @@ from lenvm_kernels.length_value import bin_edges, value_from_length
 from lenvm_training.features import StateTable
 from lenvm_training.head_losses import CandidateLoss, ValueLoss, features_of, imputed_returns
 from lenvm_training.head_settings import HeadsSettings
-from lenvm_training.lenvm_trainer import best_checkpoint, claim_output, last_checkpoint, training_arguments
+from lenvm_training.lenvm_trainer import (
+    ResumableTrainer,
+    best_checkpoint,
+    claim_output,
+    last_checkpoint,
+    training_arguments,
+)
 
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 1024,
@@ -64,8 +70,8 @@ class StateRows(Dataset[dict[str, Tensor]]):
         return {name: tensor[index] for name, tensor in self.tensors.items()}
 
 
-class HeadTrainer(Trainer):
-    """transformers' Trainer whose best checkpoint is found wherever the folder lies now."""
+class HeadTrainer(ResumableTrainer):
+    """A Trainer whose best checkpoint is found wherever the folder lies now."""
 
     def _load_best_model(self) -> None:
         self.state.best_model_checkpoint = str(best_checkpoint(self))

@@ -12,8 +12,10 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -79,8 +81,16 @@ class LenVMRun:
     target: TargetConfig = field(default_factory=TargetConfig)
 
 
-class LenVMTrainer(Trainer):
-    """transformers' Trainer whose checkpoints are LenVM folders."""
+class ResumableTrainer(Trainer):
+    """transformers' Trainer, which trains a run that is taken up again at its last step for a step more."""
+
+    def _run_epoch(self, **arguments: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**arguments)
+
+
+class LenVMTrainer(ResumableTrainer):
+    """A Trainer whose checkpoints are LenVM folders."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         save_lenvm(_unwrap(self.model), Path(output_dir or self.args.output_dir), state_dict)
@@ -130,8 +140,9 @@ def train_lenvm(run: LenVMRun) -> dict[str, float]:
         data_collator=build_collator(model, folder),
         compute_metrics=lambda output: state_metrics(output.predictions, output.label_ids, model.space),
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    figures = _own_figures(trainer.evaluate()) if held_out is not None else {}
+    with redirect_stdout(sys.stderr):  # the Trainer prints its log; standard output is for figures
+        trainer.train(resume_from_checkpoint=checkpoint)
+        figures = _own_figures(trainer.evaluate()) if held_out is not None else {}
     trainer.save_model(str(output / RESULT_FOLDER))  # on every process: gathers sharded weights
     if trainer.is_world_process_zero():
         _complete_result(trainer, train, tokenizer, run, figures)

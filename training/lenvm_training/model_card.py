@@ -72,7 +72,8 @@ def write_model_card(
     """
     (folder / FIGURES_FILE).write_text(json.dumps(figures, indent=2) + "\n")
     table = "\n".join(f"| {label} | {figures[name]:.4f} |" for name, label in _ROWS if name in figures)
-    (folder / CARD_FILE).write_text(
+    _write_card(
+        folder / CARD_FILE,
         f"""{front_matter("head", config.base_model, backbone)}# LenVM head for {config.base_model}
 
 Predicts, from the frozen model's hidden states, how much of its answer is still to come: a value head
@@ -104,7 +105,7 @@ where a cut sample counts at the token limit.
 | figure | |
 | --- | --- |
 {table}
-"""
+""",
     )
 
 
@@ -125,7 +126,8 @@ def write_lenvm_card(
     held = f"Held out (other prompts): {_describe(held_out.rows)}" if held_out else "Nothing was held out."
     front = front_matter(settings["model"]["kind"], settings["model"]["backbone"], backbone)
     use = f"Only for comparison: {serving_obstacle}." if serving_obstacle else "Served by `lenvm serve --lenvm FOLDER`."
-    (folder / CARD_FILE).write_text(
+    _write_card(
+        folder / CARD_FILE,
         f"""{front}# LenVM for {settings["model"]["served_model"]}
 
 Length Value Model ({settings["model"]["kind"]}, backbone {settings["model"]["backbone"]}): predicts at every token how
@@ -151,8 +153,15 @@ length in tokens; `mse` and `calibration_error` are in the target space.
 | figure | |
 | --- | --- |
 {table}
-"""
+""",
     )
+
+
+def _write_card(path: Path, card: str) -> None:
+    """The figures of ``lenvm evaluate`` stay where they are those of the same result."""
+    there = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if there.partition(_EVALUATION_MARK)[0].rstrip() != card.rstrip():
+        path.write_text(card, encoding="utf-8")
 
 
 def _describe_cut(train: RolloutDataset, rule: str) -> str:
