@@ -284,6 +284,9 @@ def test_candidate_loss_is_the_sum_of_the_means_at_the_state_and_after_the_token
         ({"train": ("candidate",), "start": "head", "censored": "impute"}, r"heads\.censored: is of the value head"),
         ({"training": {"learning_rat": 1}}, r"heads\.training\.learning_rat: not one of"),
         ({"training": {"num_train_epochs": 1}}, r"heads\.training\.num_train_epochs: is set by the trainer itself"),
+        ({"training": {"gradient_checkpointing": True}}, r"heads\.training\.gradient_checkpointing: is set by the"),
+        ({"training": {"resume_from_checkpoint": "x"}}, r"heads\.training\.resume_from_checkpoint: is set by the"),
+        ({"training": {"report_to": "dvclive"}}, r"heads\.training\.report_to: .*dvclive"),
         ({"training": {"learning_rate": 1e30}}, r"heads\.training: the candidate head's loss on validation was never"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -338,7 +338,18 @@ def test_no_prompt_is_trained_on_and_held_out(tmp_path: Path) -> None:
     ("bad", "message"),
     [
         ({"learning_rat": 1}, r"training\.learning_rat: not one of"),
-        ({"label_names": ["x"]}, r"training\.label_names: is set by the trainer itself"),
+        ({"label_names": ["x"]}, r"training\.label_names: is set by the trainer itself, to \['labels'\]"),
+        ({"resume_from_checkpoint": "x"}, r"training\.resume_from_checkpoint: is set by the trainer itself"),
+        ({"push_to_hub": True}, r"training\.push_to_hub: is set by the trainer itself"),
+        ({"label_smoothing_factor": 0.1}, r"training\.label_smoothing_factor: is set by the trainer itself"),
+        ({"neftune_noise_alpha": 5}, r"training\.neftune_noise_alpha: is set by the trainer itself"),
+        ({"use_liger_kernel": True}, r"training\.use_liger_kernel: is set by the trainer itself"),
+        ({"learning_rate": "abc"}, r"training\.learning_rate: Input should be a valid number.* got 'abc'"),
+        ({"bf16": "maybe"}, r"training\.bf16: Input should be a valid boolean.* got 'maybe'"),
+        ({"per_device_train_batch_size": 0}, r"training\.per_device_train_batch_size: must be at least 1, got 0"),
+        ({"report_to": "dvclive"}, r"training\.report_to: .*requires dvclive to be installed"),
+        ({"report_to": "paper"}, r"training\.report_to: paper is not supported"),
+        ({"optim": "schedule_free_adamw"}, r"training\.optim: .*schedulefree"),
         ({"lr_scheduler_type": "square"}, "training: .*square"),
         ({"fsdp": "full_shard", "use_cpu": True}, r"training\.fsdp: needs an accelerator"),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, r"training\.deepspeed: ZeRO 3 saves no whole weights"),
@@ -351,3 +362,35 @@ def test_no_prompt_is_trained_on_and_held_out(tmp_path: Path) -> None:
 def test_bad_training_arguments_are_named(tmp_path: Path, bad: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         training_arguments({"output_dir": str(tmp_path), **bad})
+
+
+def test_numbers_in_quotes_are_numbers(tmp_path: Path) -> None:
+    quoted = {"learning_rate": "1e-5", "bf16": "false", "max_steps": 1e3, "push_to_hub": False}
+    arguments = training_arguments({"output_dir": str(tmp_path), **quoted})
+    assert (arguments.learning_rate, arguments.bf16, arguments.max_steps) == (1e-5, False, 1000)
+
+
+def test_an_unknown_figure_for_the_best_checkpoint_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path, metric_for_best_model="eval_nonsense", load_best_model_at_end=True)
+    with pytest.raises(ValueError, match=r"training\.metric_for_best_model: must be one of loss, mse, .*'nonsense'"):
+        train_lenvm(run)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "figure", "best"),
+    [
+        ({}, "eval_mse", min),
+        ({"metric_for_best_model": "eval_mae_0"}, "eval_mae_0", min),
+        ({"metric_for_best_model": "tau_0"}, "eval_tau_0", max),
+        ({"metric_for_best_model": "mse", "greater_is_better": True}, "eval_mse", max),
+    ],
+)
+def test_the_best_checkpoint_is_that_of_the_best_figure(
+    tmp_path: Path, chosen: dict[str, Any], figure: str, best: Callable[..., float]
+) -> None:
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 6, "load_best_model_at_end": True}
+    train_lenvm(make_run(tmp_path, "head", **steps, **chosen))
+    state = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())
+    figures = {entry["step"]: entry[figure] for entry in state["log_history"] if figure in entry}
+    assert figures.keys() >= {2, 4, 6}
+    assert state["best_metric"] == best(figures.values()) == figures[state["best_global_step"]]

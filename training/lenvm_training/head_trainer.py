@@ -142,6 +142,7 @@ def head_arguments(settings: HeadsSettings, output: Path, num_validation: int) -
         "metric_for_best_model": "eval_loss",
         "greater_is_better": False,
         "ddp_broadcast_buffers": False,  # the embeddings are one
+        "gradient_checkpointing": False,  # there are no layers to run again
     }
     return training_arguments(DEFAULTS | settings.training, own, "heads.training")
 

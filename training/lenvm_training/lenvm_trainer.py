@@ -15,21 +15,22 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args, get_type_hints
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser, Trainer, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from lenvm_training import plots
-from lenvm_training.metrics import FIGURES, state_metrics
+from lenvm_training.metrics import FIGURES, POSITIONS, state_metrics
 from lenvm_training.model import (
     LenVM,
     ModelSettings,
@@ -57,12 +58,26 @@ from lenvm_training.targets import TargetConfig, mean_target
 
 RESULT_FOLDER = "lenvm"
 SETTINGS_FILE = "run_config.json"
-FIXED_ARGUMENTS = {"remove_unused_columns": False, "label_names": ["labels"], "save_only_model": False}
+FIXED_ARGUMENTS = {
+    "remove_unused_columns": False,
+    "label_names": ["labels"],
+    "save_only_model": False,
+    "resume_from_checkpoint": None,  # from the last one
+    "prediction_loss_only": False,  # the figures are made from predictions
+    "push_to_hub": False,  # it leaves the value head out; ``lenvm push`` does not
+    "label_smoothing_factor": 0.0,  # these three are of language models
+    "neftune_noise_alpha": None,
+    "use_liger_kernel": False,
+}
+AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+SCALARS = {int, float, bool, type(None)}
 STEP_ORDER = {
     "train_sampling_strategy": "sequential",  # `StepOrder` shuffles by itself
     "dataloader_persistent_workers": False,  # they would keep the first epoch's order
     "auto_find_batch_size": False,  # a step would have other rows than the order was made for
 }
+BATCH_LOSS = "loss"
+FIGURE_NAMES = (*FIGURES[:2], *(f"{name}_{position}" for name in FIGURES[2:] for position in POSITIONS))
 GATHER_WEIGHTS = "stage3_gather_16bit_weights_on_model_save"
 LAST_FILE_OF_CHECKPOINT = "trainer_state.json"
 TORCH_FILES = ("*.pt", "*.pth", "*.bin")
@@ -116,7 +131,7 @@ def train_lenvm(run: LenVMRun) -> dict[str, float]:
 
     Raises ValueError for settings and data that cannot be used, before anything is loaded where possible.
     """
-    arguments = training_arguments(run.training, STEP_ORDER)
+    arguments = training_arguments(_choice_of_best(run.training) | run.training, STEP_ORDER)
     train, held_out = _load_datasets(run.data, run.target)
     folder = resolve_folder(run.model.backbone)
     tokenizer = load_tokenizer(folder)
@@ -159,22 +174,73 @@ def training_arguments(
     """
     defaults = {"use_cpu": not torch.accelerator.is_available()}
     fixed = {**FIXED_ARGUMENTS, **own}
-    for name in sorted(settings):
-        if name in fixed:
-            raise ValueError(f"{section}.{name}: is set by the trainer itself")
-        if name not in TrainingArguments.__dataclass_fields__:
-            raise ValueError(f"{section}.{name}: not one of transformers.TrainingArguments")
+    _check_names(settings, fixed, section)
     _check_gathered(settings.get("deepspeed"), f"{section}.deepspeed")
     if settings.get("load_best_model_at_end") and (settings.get("fsdp") or settings.get("deepspeed")):
         raise ValueError(f"{section}.load_best_model_at_end: not with fsdp or deepspeed")
+    given = {**settings, **_scalars(settings, section)}
     try:
-        (parsed,) = HfArgumentParser(TrainingArguments).parse_dict({**defaults, **settings, **fixed})
+        (parsed,) = HfArgumentParser(TrainingArguments).parse_dict({**defaults, **given, **fixed})
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"{section}: {str(error).splitlines()[0]}") from None
     arguments: TrainingArguments = parsed
     if arguments.fsdp and arguments.use_cpu:  # accelerate would leave it out without a word
         raise ValueError(f"{section}.fsdp: needs an accelerator")
+    _check_installed(arguments, section)
     return arguments
+
+
+def _check_names(settings: Mapping[str, Any], fixed: Mapping[str, Any], section: str) -> None:
+    for name, value in sorted(settings.items()):
+        if name in fixed and value != fixed[name]:
+            raise ValueError(f"{section}.{name}: is set by the trainer itself, to {fixed[name]!r}")
+        if name not in TrainingArguments.__dataclass_fields__:
+            raise ValueError(f"{section}.{name}: not one of transformers.TrainingArguments")
+
+
+def _scalars(settings: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """The numbers and switches of ``settings``, which transformers takes as they come. Raises ValueError."""
+    types = get_type_hints(TrainingArguments)
+    given: dict[str, Any] = {}
+    for name in settings:
+        if not set(get_args(types[name]) or (types[name],)) <= SCALARS:
+            continue
+        try:
+            given[name] = TypeAdapter(types[name]).validate_python(settings[name])
+        except ValidationError as error:
+            raise ValueError(f"{section}.{name}: {error.errors()[0]['msg']}, got {settings[name]!r}") from None
+        if name in AT_LEAST_ONE and given[name] < 1:
+            raise ValueError(f"{section}.{name}: must be at least 1, got {given[name]}")
+    return given
+
+
+def _check_installed(arguments: TrainingArguments, section: str) -> None:
+    """Raises ValueError where a package is missing that the optimizer or a report needs."""
+    try:
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{section}.report_to: {error}") from None
+    try:
+        with suppress(ValueError):  # of an optimizer that has to see the model
+            Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except ImportError as error:
+        raise ValueError(f"{section}.optim: {error}") from None
+
+
+def _choice_of_best(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How the best checkpoint is told: by the mean over states, where transformers takes one of means of batches, and
+    in the right direction, where transformers takes the greatest of everything but losses. Raises ValueError.
+    """
+    chooses = settings.get("load_best_model_at_end") or settings.get("metric_for_best_model")
+    if not chooses:
+        return {}
+    name = str(settings.get("metric_for_best_model") or "mse").removeprefix("eval_")
+    if name not in (BATCH_LOSS, *FIGURE_NAMES):
+        raise ValueError(
+            f"training.metric_for_best_model: must be one of {', '.join((BATCH_LOSS, *FIGURE_NAMES))}, got {name!r}"
+        )
+    return {"metric_for_best_model": name, "greater_is_better": name.startswith("tau_")}
 
 
 def _check_gathered(deepspeed: Any, name: str) -> None:
@@ -291,7 +357,7 @@ def claim_output(output: Path, settings: str) -> None:
 def _own_figures(metrics: dict[str, float]) -> dict[str, float]:
     """The figures of `metrics.state_metrics`, without the Trainer's own entries (times, rates, its loss)."""
     own = {name.removeprefix("eval_"): value for name, value in metrics.items()}
-    return {name: value for name, value in own.items() if name in FIGURES or name.rpartition("_")[0] in FIGURES}
+    return {name: value for name, value in own.items() if name in FIGURE_NAMES}
 
 
 def _complete_result(
