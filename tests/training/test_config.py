@@ -83,6 +83,8 @@ def test_shipped_sweeps_are_valid(path: Path) -> None:
         ("heads={work: w, out: o}", "f.yaml: give exactly one of 'training' and 'heads'"),
         ("training=null", "f.yaml: give exactly one of 'training' and 'heads'"),
         ("training={}", "f.yaml: training.output_dir: missing"),
+        ("model.lora.r=4", "f.yaml: model.lora: does nothing for model.kind full"),
+        ("target.max_length=512", "f.yaml: target.max_length: does nothing for target.space discounted_return"),
         ("model=3", "f.yaml: model: Input should be a dictionary"),
     ],
 )
@@ -91,6 +93,14 @@ def test_a_mistake_is_one_line_that_names_the_key(override: str, message: str) -
         build_experiment(apply_overrides(LEAST, [override]), "f.yaml")
     assert str(raised.value).startswith(message)
     assert "\n" not in str(raised.value)
+
+
+def test_what_a_kind_or_a_space_uses_is_taken() -> None:
+    used = ["model.kind=lora", "model.lora.r=4", "target={space: normalised_length, max_length: 512}"]
+    experiment = build_experiment(apply_overrides(LEAST, used), "f.yaml")
+    assert (experiment.model.lora.r, experiment.target.max_length) == (4, 512)
+    with pytest.raises(ConfigError, match=r"model\.lora: does nothing for model\.kind head"):
+        build_experiment(apply_overrides(LEAST, ["model.kind=head", "model.lora.r=4"]), "f.yaml")
 
 
 @pytest.mark.parametrize("override", ["target.lam=0.5", "target.space=length", "target.censored=bound"])

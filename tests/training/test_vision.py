@@ -208,7 +208,12 @@ def write_experiment(backbone: Path, folder: Path, kind: str) -> str:
             "sources": [source],
         },
         "rollouts": rollouts | {"concurrency": 8},
-        "model": {"backbone": str(backbone), "served_model": str(backbone), "kind": kind, "lora": lora},
+        "model": {
+            "backbone": str(backbone),
+            "served_model": str(backbone),
+            "kind": kind,
+            "lora": lora if kind == "lora" else {},
+        },
         "target": {"gamma": 0.9},
         "data": {"rollouts": ["rollouts.jsonl"], "eval_rollouts": ["eval.jsonl"]},
         "training": training | {"report_to": "none", "disable_tqdm": True, "save_steps": 20},

@@ -17,13 +17,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from lenvm_training.endpoints import Retry, Sampling
 from lenvm_training.head_settings import HeadsSettings
-from lenvm_training.model import DTYPES, ModelSettings
+from lenvm_training.model import DTYPES, LoraSettings, ModelSettings
 from lenvm_training.prompt_sources import PromptSource
 from lenvm_training.rollout_data import DataSettings
 from lenvm_training.targets import TargetConfig
 
 STRICT: dict[str, str] = {"extra": "forbid"}
 APIS = ("engine", "openai")
+BOUNDED_SPACE = "normalised_length"
 NOT_OF_HEADS = ("kind", "lora", "dtype", "save_dtype", "attn_implementation")
 """Fields of `ModelSettings` that are of a training alone."""
 
@@ -150,6 +151,10 @@ class Experiment:
             raise ValueError("training.output_dir: missing")
         if self.heads is not None:
             self._check_used_by_heads()
+        elif self.model.kind != "lora" and self.model.lora != LoraSettings():
+            raise ValueError(f"model.lora: does nothing for model.kind {self.model.kind}")
+        if self.target.space != BOUNDED_SPACE and self.target.max_length != TargetConfig.max_length:
+            raise ValueError(f"target.max_length: does nothing for target.space {self.target.space}")
 
     @property
     def output_dir(self) -> str:
