@@ -77,6 +77,10 @@ def test_shipped_sweeps_are_valid(path: Path) -> None:
         ("evaluation={out: e, min_samples: 0}", "f.yaml: evaluation.min_samples: must be at least 1, got 0"),
         ("evaluation={out: e, max_fit_prompts: 1}", "f.yaml: evaluation.max_fit_prompts: must be at least 2, got 1"),
         ("prompts={out: a, eval_out: ./a, self_made: 2}", "f.yaml: prompts.eval_out: must be another file than"),
+        (
+            "prompts={out: a, eval_out: b, sources: [{path: ./b, count: 1, domain: d, columns: {text: t}}]}",
+            "f.yaml: prompts: b would replace the file of a source",
+        ),
         ("rollouts={out: a, eval_out: b/../a}", "f.yaml: rollouts.eval_out: must be another file than"),
         ("rollouts={out: a, eval_out: b, max_prompt_tokens: 0}", "f.yaml: rollouts.max_prompt_tokens: must be at"),
         ("prompts={out: a, eval_out: b, self_made: 2, templates: -1}", "f.yaml: prompts.templates: must be at least 0"),

@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lenvm_training import prompt_sources
-from lenvm_training.prompt_sources import NAMED, ColumnMap, PromptSource, load_prompts, prompt_key, split_prompts
+from lenvm_training.prompt_sources import (
+    NAMED,
+    ColumnMap,
+    PromptSource,
+    load_prompts,
+    prompt_key,
+    save_image,
+    split_prompts,
+)
 from lenvm_training.prompts import Prompt, PromptFileError
 from lenvm_training.self_prompts import EmptyTurnEncoder, prompts_from_turns
 from tiny import make_tokenizer
@@ -158,6 +166,15 @@ def test_images_are_kept_as_files_once(tmp_path: Path) -> None:
     assert again == prompts[0]
 
 
+def test_an_image_of_more_pixels_than_can_be_is_refused(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    Image.new("1", (2, 2)).save(stream, "BMP")
+    header = bytearray(stream.getvalue())
+    header[18:26] = (2**20).to_bytes(4, "little") * 2  # width and height
+    with pytest.raises(PromptFileError, match=r"here: not a usable image .*exceeds limit"):
+        save_image(bytes(header), tmp_path, "here")
+
+
 @pytest.mark.parametrize(
     ("content", "columns", "message"),
     [
@@ -172,15 +189,19 @@ def test_images_are_kept_as_files_once(tmp_path: Path) -> None:
             "no user turn",
         ),
         ('{"a": [{"role": "user"}]}\n', ColumnMap(text="a"), "row 0: no text: .*role"),
-        ('{"a": "x", "i": "not an image"}\n', ColumnMap(text="a", image="i"), "row 0: not a usable image"),
-        ('{"a": "x", "i": 7}\n', ColumnMap(text="a", image="i"), "row 0: not a usable image"),
+        ('{"a": "x", "i": "not an image"}\n', ColumnMap(text="a", image="i"), "row 0: column 'i': not a usable image"),
+        ('{"a": "x", "i": 7}\n', ColumnMap(text="a", image="i"), "row 0: column 'i': not a usable image"),
         (
             '{"a": "x", "i": {"bytes": null, "path": null}}\n',
             ColumnMap(text="a", image="i"),
-            "row 0: not a usable image",
+            "row 0: column 'i': not a usable image",
         ),
-        ('{"a": "x", "i": {"size": 3}}\n', ColumnMap(text="a", image="i"), "row 0: not a usable image"),
-        ('{"a": "x", "i": ["one.png", "two.png"]}\n', ColumnMap(text="a", image="i"), "row 0: not a usable image"),
+        ('{"a": "x", "i": {"size": 3}}\n', ColumnMap(text="a", image="i"), "row 0: column 'i': not a usable image"),
+        (
+            '{"a": "x", "i": ["one.png", "two.png"]}\n',
+            ColumnMap(text="a", image="i"),
+            "row 0: column 'i': not a usable image",
+        ),
     ],
 )
 def test_a_bad_data_set_is_one_clear_line(tmp_path: Path, content: str, columns: ColumnMap, message: str) -> None:

@@ -61,6 +61,9 @@ class PromptSettings:
             raise ValueError("prompts: give 'sources', 'templates' or 'self_made'")
         _check_least("prompts", self, templates=0, self_made=0, self_made_tokens=1)
         _check_two_files("prompts", self.out, self.eval_out)
+        for path in (self.out, self.eval_out):
+            if any(_same_file(path, source.path) for source in self.sources):
+                raise ValueError(f"prompts: {path} would replace the file of a source; name another")
 
 
 @dataclass(frozen=True)
@@ -175,8 +178,12 @@ class Experiment:
 
 
 def _check_two_files(section: str, out: str, eval_out: str) -> None:
-    if Path(out).expanduser().resolve() == Path(eval_out).expanduser().resolve():
+    if _same_file(out, eval_out):
         raise ValueError(f"{section}.eval_out: must be another file than {section}.out, {out}")
+
+
+def _same_file(first: str, second: str) -> bool:
+    return Path(first).expanduser().resolve() == Path(second).expanduser().resolve()
 
 
 def _check_least(section: str, settings: object, **least: int) -> None:

@@ -7,7 +7,6 @@ Parquet file, or a hub name) and a `ColumnMap`.
 from __future__ import annotations
 
 import base64
-import binascii
 import errno
 import hashlib
 import io
@@ -196,7 +195,7 @@ def _to_prompt(row: dict[str, Any], index: int, source: PromptSource, image_fold
         return None
     if not columns.image or row[columns.image] in (None, []):
         return Prompt(name, source.domain, messages)
-    image = save_image(row[columns.image], image_folder, name)
+    image = save_image(row[columns.image], image_folder, f"{name}: column {columns.image!r}")
     return Prompt(name, source.domain, _with_image(messages, name), [image])
 
 
@@ -232,14 +231,14 @@ def _with_image(messages: list[dict[str, Any]], where: str) -> list[dict[str, An
 
 def save_image(value: Any, folder: Path, where: str) -> str:
     """Write a picture as PNG, named by its pixels, once. A list of one stands for it. Raises PromptFileError."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         if isinstance(value, list):
             (value,) = value
         image = value if isinstance(value, Image.Image) else Image.open(io.BytesIO(_image_bytes(value)))
         image = image.convert("RGB")
-    except (OSError, ValueError, TypeError, LookupError, binascii.Error, UnidentifiedImageError) as error:
+    except (OSError, ValueError, TypeError, LookupError, Image.DecompressionBombError) as error:
         raise PromptFileError(f"{where}: not a usable image ({error!r})") from None
     digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
     path = folder / f"{digest[:24]}.png"
