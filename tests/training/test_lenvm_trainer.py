@@ -293,7 +293,7 @@ def test_half_written_checkpoints_are_passed_over(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-best"}
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "config.json"])
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path: Path, name: str) -> None:
     run = make_run(tmp_path, save_steps=2)
     figures = train_lenvm(run)

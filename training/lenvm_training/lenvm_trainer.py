@@ -295,7 +295,8 @@ def _step(checkpoint: Path) -> int:
 def _is_whole(checkpoint: Path) -> bool:
     """Whether the file that is written last is there, and neither it nor another one was cut off."""
     try:
-        json.loads((checkpoint / LAST_FILE_OF_CHECKPOINT).read_text())
+        for path in (checkpoint / LAST_FILE_OF_CHECKPOINT, *checkpoint.glob("*.json")):
+            json.loads(path.read_text())
         for path in checkpoint.glob("*.safetensors"):
             with safe_open(path, "pt"):
                 pass
