@@ -65,7 +65,8 @@ def files(tmp_path: Path) -> None:
     (tmp_path / "bytes.jsonl").write_bytes(b'{"id": "\xff"}\n')
     (tmp_path / "fields.jsonl").write_text('{"prompt_id": "a"}\n')
     prompt = json.dumps({"id": "a", "domain": "d", "messages": [{"role": "user", "content": "w5"}]})
-    (tmp_path / "one_prompt.jsonl").write_text(prompt + "\n")
+    for name in ("one_prompt.jsonl", "same_prompt.jsonl"):
+        (tmp_path / name).write_text(prompt + "\n")
     (tmp_path / "cut_prompts.jsonl").write_text(prompt + "\n" + prompt[:-20])
     (tmp_path / "cut_words.jsonl").write_text('{"q": "w5"}\n{"q": "w')
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
@@ -79,7 +80,7 @@ def files(tmp_path: Path) -> None:
                 )
 
 
-ONE_PROMPT = "prompts.out=one_prompt.jsonl prompts.eval_out=one_prompt.jsonl rollouts.engine_url=http://127.0.0.1:9"
+ONE_PROMPT = "prompts.out=one_prompt.jsonl prompts.eval_out=same_prompt.jsonl rollouts.engine_url=http://127.0.0.1:9"
 
 
 @pytest.mark.usefixtures("files", "no_engine")
@@ -123,7 +124,8 @@ ONE_PROMPT = "prompts.out=one_prompt.jsonl prompts.eval_out=one_prompt.jsonl rol
         ("report nameless.jsonl --out report", "nameless.jsonl:1: field 'domain' is missing"),
         ("train config.yaml data.rollouts=[nameless.jsonl]", "nameless.jsonl:1: field 'domain' is missing"),
         ("evaluate config.yaml data.eval_rollouts=[nameless.jsonl]", "nameless.jsonl:1: field 'domain' is missing"),
-        ("rollouts config.yaml prompts.eval_out=words.jsonl prompts.out=words.jsonl", "words.jsonl:1: no field 'id'"),
+        ("rollouts config.yaml prompts.eval_out=fields.jsonl prompts.out=one_prompt.jsonl",
+         "fields.jsonl:1: no field 'id'"),
         (f"rollouts config.yaml rollouts.eval_out=fields.jsonl rollouts.out=new.jsonl {ONE_PROMPT}",
          "fields.jsonl:1: no field 'sample' of type int: no rollouts"),
         # mixed tokenizers
@@ -136,7 +138,7 @@ ONE_PROMPT = "prompts.out=one_prompt.jsonl prompts.eval_out=one_prompt.jsonl rol
         ("train config.yaml data.eval_rollouts=[broken.jsonl]", "broken.jsonl:2: not a JSON object"),
         ("evaluate config.yaml data.eval_rollouts=[cut.jsonl]", "cut.jsonl: the last line is cut off; sample again"),
         ("report cut.jsonl --out report", "cut.jsonl: the last line is cut off; sample again"),
-        ("rollouts config.yaml prompts.eval_out=cut_prompts.jsonl prompts.out=cut_prompts.jsonl",
+        ("rollouts config.yaml prompts.eval_out=cut_prompts.jsonl prompts.out=one_prompt.jsonl",
          "cut_prompts.jsonl:2: not a JSON object"),
         (f"rollouts config.yaml rollouts.eval_out=list.jsonl rollouts.out=new.jsonl {ONE_PROMPT}",
          "list.jsonl:1: not a JSON object"),
