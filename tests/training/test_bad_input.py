@@ -128,6 +128,13 @@ ONE_PROMPT = "prompts.out=one_prompt.jsonl prompts.eval_out=same_prompt.jsonl ro
          "fields.jsonl:1: no field 'id'"),
         (f"rollouts config.yaml rollouts.eval_out=fields.jsonl rollouts.out=new.jsonl {ONE_PROMPT}",
          "fields.jsonl:1: no field 'sample' of type int: no rollouts"),
+        # files that would replace each other
+        ("downsample rollouts.jsonl ./rollouts.jsonl --samples 1", "rollouts.jsonl: would replace what it is made"),
+        ("group rollouts.jsonl one_prompt.jsonl --prompts one_prompt.jsonl --model backbone",
+         "one_prompt.jsonl: would replace what it is made from"),
+        ("ungroup rollouts.jsonl rollouts.jsonl --model backbone", "rollouts.jsonl: would replace what it is made"),
+        ("prompts config.yaml prompts.eval_out=./prompts.jsonl", "config.yaml: prompts.eval_out: must be another file"),
+        ("rollouts config.yaml rollouts.out=eval.jsonl", "config.yaml: rollouts.eval_out: must be another file than"),
         # mixed tokenizers
         ("train config.yaml data.rollouts=[mixed.jsonl]", "rollouts of different tokenizers: mixed.jsonl:1 and"),
         ("train config.yaml data.rollouts=[other.jsonl]", "prompt 0-0 sample"),

@@ -214,6 +214,45 @@ def test_a_completion_that_is_not_whole_is_sampled_again(tmp_path: Path) -> None
     assert sample(path, engine([])) == 5
 
 
+def test_a_completion_that_is_not_whole_is_not_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    sample(path, engine([]))
+    rows = [row | ({"finish_reason": "error"} if row["sample"] else {}) for row in read_rollouts(path)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    begun = read_beginnings([path], rows[0]["tokenizer"], Sampling())
+    assert sorted(begun) == [(prompt.id, 0) for prompt in PROMPTS]
+
+
+def test_what_is_taken_over_does_not_count_as_an_answer_of_the_engine(tmp_path: Path) -> None:
+    path, tries = tmp_path / "r.jsonl", []
+    prompts = [Prompt(f"p{i}", "math", [{"role": "user", "content": str(i)}]) for i in range(100)]
+    sample(path, engine([]), prompts=prompts)
+    begun = read_beginnings([path], ChatEncoder(Tokenizer()).fingerprint, Sampling(max_new_tokens=700))
+    for prompt in prompts[::10]:
+        begun[prompt.id, 0]["finish_reason"] = "length"
+
+    def answer(_: httpx.Request) -> httpx.Response:
+        tries.append(1)
+        raise httpx.ConnectError("down")
+
+    long = {"prompts": prompts, "sampling": Sampling(max_new_tokens=700), "beginnings": begun}
+    with pytest.raises(EngineError, match="does not answer"):
+        sample(tmp_path / "long.jsonl", httpx.MockTransport(answer), **long)
+    assert len(tries) <= 2 * 3 * AT_ONCE.attempts
+
+
+def test_a_stop_says_nothing_of_what_is_missing(tmp_path: Path) -> None:
+    stop = asyncio.Event()
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if json.loads(request.content)["input_ids"][0] == 0:
+            stop.set()
+            return httpx.Response(500)
+        return httpx.Response(200, json={"output_ids": [1], "meta_info": STOPPED})
+
+    assert sample(tmp_path / "r.jsonl", httpx.MockTransport(answer), stop=stop) < 9
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -235,7 +274,9 @@ def test_beginnings_need_their_token_ids(tmp_path: Path, tokens: Any) -> None:
     sample(path, engine([]))
     rows = list(read_rollouts(path))
     path.write_text(json.dumps(rows[0] | {"output_token_ids": tokens}) + "\n")
-    with pytest.raises(ValueError, match=rf"r\.jsonl: prompt {rows[0]['prompt_id']} sample \d: without its token ids"):
+    with pytest.raises(
+        ValueError, match=rf"r\.jsonl:1: prompt {rows[0]['prompt_id']} sample \d: without its token ids"
+    ):
         read_beginnings([path], rows[0]["tokenizer"], Sampling())
 
 
@@ -553,12 +594,12 @@ def test_a_full_disk_leaves_a_file_that_goes_on(tmp_path: Path) -> None:
     assert len({(row["prompt_id"], row["sample"]) for row in read_rollouts(path)}) == 10
 
 
-def openai_server(bodies: list[Any], choice: dict[str, Any]) -> httpx.MockTransport:
+def openai_server(bodies: list[Any], choice: dict[str, Any], more: dict[str, Any] | None = None) -> httpx.MockTransport:
     def answer(request: httpx.Request) -> httpx.Response:
         if request.url.path == "/v1/models":
             return httpx.Response(200, json={"data": [{"id": "served"}]})
         bodies.append((request.url.path, json.loads(request.content)))
-        return httpx.Response(200, json={"choices": [choice]})
+        return httpx.Response(200, json={"choices": [choice], **(more or {})})
 
     return httpx.MockTransport(answer)
 
@@ -602,11 +643,20 @@ def test_an_endpoint_without_token_ids_is_refused(tmp_path: Path) -> None:
         sample(tmp_path / "r.jsonl", openai_server([], {"text": "x", "finish_reason": "stop"}), api="openai")
 
 
-def test_images_go_as_data_and_stay_in_the_row(tmp_path: Path) -> None:
-    image = tmp_path / "dot.png"
+def test_an_answer_that_is_not_whole_says_nothing_of_the_endpoint(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="finish reason content_filter"):
+        sample(tmp_path / "r.jsonl", openai_server([], {"finish_reason": "content_filter"}), api="openai")
+
+
+def seen_prompt(folder: Path) -> Prompt:
+    image = folder / "dot.png"
     image.write_bytes(b"png bytes")
     content = [{"type": "image"}, {"type": "text", "text": "3"}]
-    prompt = Prompt("seen", "images", [{"role": "user", "content": content}], [str(image)])
+    return Prompt("seen", "images", [{"role": "user", "content": content}], [str(image)])
+
+
+def sample_seen(path: Path, prompt: Prompt, transport: httpx.MockTransport) -> int:
+    """One completion of a prompt of three tokens."""
 
     class Encoder:
         fingerprint = "f"
@@ -614,13 +664,26 @@ def test_images_go_as_data_and_stay_in_the_row(tmp_path: Path) -> None:
         def encode(self, prompt: Prompt) -> list[int]:
             return [4, 4, 4]
 
+    options = {"api": "openai", "retry": AT_ONCE, "transport": transport}
+    return asyncio.run(sample_rollouts([prompt], Encoder(), "http://e", path, 1, Sampling(), **options))
+
+
+@pytest.mark.parametrize("usage", [{}, {"usage": None}, {"usage": {"prompt_tokens": 3}}])
+def test_images_are_as_many_tokens_to_the_server(tmp_path: Path, usage: dict[str, Any]) -> None:
+    prompt, choice = seen_prompt(tmp_path), {"token_ids": [1], "finish_reason": "stop"}
+    assert sample_seen(tmp_path / "r.jsonl", prompt, openai_server([], choice, usage)) == 1
+    with pytest.raises(EngineError, match="cannot be used"):
+        sample_seen(tmp_path / "o.jsonl", prompt, openai_server([], choice, {"usage": "many"}))
+    with pytest.raises(EndpointError, match=r"prompt seen: the server reads 5 tokens, .* processor makes 3"):
+        sample_seen(tmp_path / "o.jsonl", prompt, openai_server([], choice, {"usage": {"prompt_tokens": 5}}))
+
+
+def test_images_go_as_data_and_stay_in_the_row(tmp_path: Path) -> None:
+    prompt = seen_prompt(tmp_path)
+    (image,) = prompt.images
     bodies: list[Any] = []
-    transport = openai_server(bodies, {"token_ids": [1], "finish_reason": "stop"})
     path = tmp_path / "r.jsonl"
-    run = sample_rollouts(
-        [prompt], Encoder(), "http://e", path, 1, Sampling(), api="openai", retry=AT_ONCE, transport=transport
-    )
-    assert asyncio.run(run) == 1
+    assert sample_seen(path, prompt, openai_server(bodies, {"token_ids": [1], "finish_reason": "stop"})) == 1
     route, body = bodies[0]
     assert route == "/v1/chat/completions"
     assert body["messages"][0]["content"][0] == {
@@ -628,9 +691,9 @@ def test_images_go_as_data_and_stay_in_the_row(tmp_path: Path) -> None:
         "image_url": {"url": "data:image/png;base64,cG5nIGJ5dGVz"},
     }
     (row,) = read_rollouts(path)
-    assert row["images"] == [str(image)]
+    assert row["images"] == [image]
     with pytest.raises(EndpointError, match="images need an OpenAI-compatible endpoint"):
-        sample(tmp_path / "other.jsonl", engine([]), prompts=[Prompt("s", "i", PROMPTS[0].messages, [str(image)])])
+        sample(tmp_path / "other.jsonl", engine([]), prompts=[Prompt("s", "i", PROMPTS[0].messages, [image])])
 
 
 def test_templates_give_different_prompts_and_are_reproducible() -> None:
@@ -655,6 +718,7 @@ def as_prompt(messages: Any, **fields: Any) -> bytes:
     ("line", "message"),
     [
         (b"[1]", "not a JSON object"),
+        (b"[" * 100_000, "not a JSON object"),
         (b'{"id": "\xff"}', "not UTF-8 text"),
         (b'{"id": "b", "domain": "d"}', "no field 'messages'"),
         (as_prompt(None), "field 'messages' must be a list"),

@@ -153,13 +153,29 @@ class OpenAIEndpoint:
         fields = asdict(sampling)
         body = {"model": self._model, "max_tokens": fields.pop("max_new_tokens"), "return_token_ids": True, **fields}
         body |= {"messages": _with_images(request)} if request.images else {"prompt": list(request.token_ids)}
-        return await _post(self._client, path, body, request.name, self._retry, self._read)
+
+        def read(answer: Any) -> Completion:
+            if request.images:
+                _check_prompt_tokens(request, answer)
+            return self._read(answer)
+
+        return await _post(self._client, path, body, request.name, self._retry, read)
 
     def _read(self, answer: Any) -> Completion:
         choice = answer["choices"][0]
-        if choice["finish_reason"] != ABORTED and choice.get("token_ids") is None:
+        if choice["finish_reason"] in WHOLE and choice.get("token_ids") is None:
             raise EndpointError(f"{self._client.base_url} returns no token ids (return_token_ids), only text")
         return _completion(choice.get("token_ids"), choice["finish_reason"])
+
+
+def _check_prompt_tokens(request: Request, answer: dict[str, Any]) -> None:
+    """Raises EndpointError where the server says that it read another number of tokens, as other image sizes make."""
+    count = (answer.get("usage") or {}).get("prompt_tokens")
+    if count is not None and count != len(request.token_ids):
+        raise EndpointError(
+            f"prompt {request.name}: the server reads {count} tokens, the served model's processor makes "
+            f"{len(request.token_ids)}: another model, or other settings for images"
+        )
 
 
 def _completion(token_ids: Any, finish_reason: Any) -> Completion:
@@ -243,7 +259,7 @@ async def _request(
                 )
         except EndpointError:
             raise
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             problem = f"the engine's answer to {name} cannot be used ({error!r}): {response.text[:200]}"
         else:
             problem = f"the engine refused {name}: {response.status_code} {response.text[:200]}"

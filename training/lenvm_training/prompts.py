@@ -214,7 +214,7 @@ def parse_object(line: bytes, where: str, error: type[ValueError] = ValueError) 
         row = json.loads(line.decode())
     except UnicodeDecodeError:
         raise error(f"{where}: not UTF-8 text") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict):
         raise error(f"{where}: not a JSON object")

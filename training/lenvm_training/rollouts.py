@@ -31,7 +31,6 @@ from jinja2 import TemplateError
 from tqdm import tqdm
 
 from lenvm_training.endpoints import (
-    ABORTED,
     WHOLE,
     Completion,
     Endpoint,
@@ -174,13 +173,15 @@ async def sample_rollouts(
                     return
                 write(row)
                 progress.count(row)
-                given_up.in_a_row = 0
+                if len(row["output_token_ids"]) > row.get("begun", 0):
+                    given_up.in_a_row = 0
                 added += 1
 
         await _run_all(work(endpoints[number % len(endpoints)]) for number in range(concurrency))
     if unusable:
         raise unusable[0]
-    given_up.raise_last(added)
+    if stop is None or not stop.is_set():  # else more is missing, and the caller knows why
+        given_up.raise_last(added)
     return added
 
 
@@ -448,7 +449,7 @@ def read_beginnings(paths: Iterable[Path], fingerprint: str, sampling: Sampling)
     for path in paths:
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
-        for row in read_rollouts(path):
+        for number, row in enumerate(read_rollouts(path), 1):
             key = (row["prompt_id"], row["sample"])
             _check_sampling(path, row, replace(sampling, max_new_tokens=_lower_limit(row, sampling)), "")
             if row.get("tokenizer") != fingerprint:
@@ -457,8 +458,8 @@ def read_beginnings(paths: Iterable[Path], fingerprint: str, sampling: Sampling)
                 raise ValueError(f"{path}: prompt {key[0]}: has images; its completions cannot be gone on with")
             if key in beginnings:
                 raise ValueError(f"{path}: prompt {key[0]} sample {key[1]} is there twice")
-            if row["finish_reason"] != ABORTED:
-                beginnings[key] = _begun(path, row)
+            if row["finish_reason"] in WHOLE:
+                beginnings[key] = _begun(row, f"{path}:{number}")
     ends = {row["output_token_ids"][-1] for row in beginnings.values() if row["finish_reason"] == FINISHED}
     for row in beginnings.values():
         if row["output_token_ids"][-1] in ends:
@@ -473,13 +474,13 @@ def _lower_limit(row: dict[str, Any], sampling: Sampling) -> int:
     return limit if isinstance(limit, int) and 0 < limit < sampling.max_new_tokens else sampling.max_new_tokens
 
 
-def _begun(path: Path, row: dict[str, Any]) -> dict[str, Any]:
+def _begun(row: dict[str, Any], where: str) -> dict[str, Any]:
     try:
         tokens = {name: array("i", row[name]) for name in ("prompt_token_ids", "output_token_ids")}
     except (LookupError, TypeError, OverflowError):
         tokens = {}
     if not all(tokens.values()) or not tokens:
-        raise ValueError(f"{path}: prompt {row['prompt_id']} sample {row['sample']}: without its token ids")
+        raise ValueError(f"{where}: prompt {row['prompt_id']} sample {row['sample']}: without its token ids")
     return tokens | {"finish_reason": row["finish_reason"]}
 
 
