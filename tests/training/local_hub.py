@@ -26,7 +26,8 @@ ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suff
 
 
 class LocalHub(ThreadingHTTPServer):
-    """``files``: content by repository and path; ``objects``: LFS content by checksum; ``requests``: method and path.
+    """``files``: content by repository and path; ``private``: repositories that are; ``objects``: LFS content by
+    checksum; ``requests``: method and path.
 
     With ``part_size``, larger objects are uploaded in parts of it. ``refused``: status by the start of a request;
     ``damaged``: methods whose LFS bytes change on the way.
@@ -39,6 +40,7 @@ class LocalHub(ThreadingHTTPServer):
     def reset(self) -> None:
         """As new."""
         self.files: dict[str, dict[str, bytes]] = {}
+        self.private: set[str] = set()
         self.objects: dict[str, bytes] = {}
         self.parts: dict[tuple[str, int], bytes] = {}
         self.requests: list[str] = []
@@ -116,10 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path is None:
             return
         if path == "/api/repos/create":
-            fields = json.loads(body)
-            repository = "/".join(part for part in (fields.get("organization"), fields["name"]) if part)
-            self.server.files.setdefault(repository, {".gitattributes": ATTRIBUTES})
-            self._json({"url": f"{self.server.url}/{repository}"})
+            self._create(json.loads(body))
         elif path.endswith("/preupload/main"):
             self._json({"files": [self._upload_mode(file) for file in json.loads(body)["files"]]})
         elif path.endswith(".git/info/lfs/objects/batch"):
@@ -134,6 +133,16 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"errors": [], "warnings": []})
         else:
             self._json({"error": f"no route {path}"}, 404)
+
+    def _create(self, fields: dict[str, Any]) -> None:
+        repository = "/".join(part for part in (fields.get("organization"), fields["name"]) if part)
+        url = f"{self.server.url}/{repository}"
+        if repository in self.server.files:
+            return self._json({"error": "You already created this model repo", "url": url}, 409)
+        self.server.files[repository] = {".gitattributes": ATTRIBUTES}
+        if fields.get("private") or fields.get("visibility") == "private":
+            self.server.private.add(repository)
+        return self._json({"url": url})
 
     @staticmethod
     def _upload_mode(file: dict[str, Any]) -> dict[str, Any]:
@@ -176,6 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _commit(self, repository: str, body: bytes) -> None:
         changed: dict[str, bytes] = {}
+        deleted: set[str] = set()
         for line in body.splitlines():
             entry = json.loads(line)
             value = entry["value"]
@@ -185,7 +195,10 @@ class _Handler(BaseHTTPRequestHandler):
                 if value["oid"] not in self.server.objects:
                     return self._json({"error": f"{value['path']}: its LFS object is not there"}, 400)
                 changed[value["path"]] = self.server.objects[value["oid"]]
-        self.server.files[repository] |= changed
+            elif entry["key"] == "deletedFile":
+                deleted.add(value["path"])
+        kept = {name: content for name, content in self.server.files[repository].items() if name not in deleted}
+        self.server.files[repository] = kept | changed
         url = f"{self.server.url}/{repository}/commit/{COMMIT}"
         return self._json({"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""})
 
@@ -196,11 +209,12 @@ class _Handler(BaseHTTPRequestHandler):
         if path.startswith("/storage/"):
             return self._answer(200, self._in_transit(self.server.objects[path.removeprefix("/storage/")]))
         for repository, files in self.server.files.items():
-            if path == f"/api/models/{repository}/tree/{COMMIT}":
+            if path in (f"/api/models/{repository}/tree/{revision}" for revision in ("main", COMMIT)):
                 return self._json([_tree_entry(name, content) for name, content in files.items()])
             if re.fullmatch(rf"/api/models/{repository}(/revision/\w+)?", path):
                 listing = [{"rfilename": name} for name in files]
-                return self._json({"id": repository, "sha": COMMIT, "siblings": listing, "private": False, "tags": []})
+                info = {"sha": COMMIT, "private": repository in self.server.private, "tags": []}
+                return self._json({"id": repository, "siblings": listing, **info})
             name = path.removeprefix(f"/{repository}/resolve/{COMMIT}/")
             if name in files:
                 return self._send_file(name, files[name])

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from lenvm_kernels.checkpoint import Head, load_head, save_head
+from lenvm_kernels.checkpoint_files import find_kind
 from lenvm_kernels.heads import CandidateHead, HeadConfig, ValueHead
 from lenvm_training.model import ModelSettings, build_lenvm, load_lenvm, save_lenvm
 from lenvm_training.targets import TargetConfig
@@ -239,3 +240,58 @@ def test_only_heads_and_lenvms_are_pushed_and_pulled(tmp_path: Path, hub: LocalH
         assert ended.status == 2
         assert "no value_head.safetensors" in ended.line
     assert "me/x" not in hub.files
+
+
+@pytest.mark.parametrize(("old", "new"), [("heads", "full"), ("lora", "full"), ("full", "lora"), ("full", "heads")])
+def test_a_lenvm_of_another_kind_takes_the_place_of_the_old_one(
+    tmp_path: Path, hub: LocalHub, lenvm: Lenvm, old: str, new: str
+) -> None:
+    first, second = (make_folder(kind, tmp_path / kind / "lenvm") for kind in (old, new))
+    back = tmp_path / "back"
+    for call in (("push", first, "me/x"), ("pull", "me/x", back)):
+        assert lenvm(*call).status == 0
+    hub.files["me/x"]["notes.md"] = b"kept"
+    assert lenvm("push", second, "me/x").status == 0
+    assert hub.files["me/x"]["notes.md"] == b"kept"
+    assert lenvm("pull", "me/x", tmp_path / "new").status == 0
+    assert find_kind(tmp_path / "new") is find_kind(second)
+    before = contents(back)
+    mixed = lenvm("pull", "me/x", back)
+    assert mixed.status == 2
+    left = {"heads": "candidate_head", "lora": "adapter_config.json, adapter_model", "full": "model"}[old]
+    assert f"{left}.safetensors in {back}; pull into another folder" in mixed.line
+    assert contents(back) == before
+
+
+def test_a_head_beside_its_model_removes_nothing(tmp_path: Path, hub: LocalHub, lenvm: Lenvm) -> None:
+    model = {"config.json": b"{}", "model.safetensors": b"weights"}
+    hub.files["me/model"] = {".gitattributes": b"", **model}
+    assert lenvm("push", make_folder("heads", tmp_path / "source"), "me/model").status == 0
+    assert model.items() <= hub.files["me/model"].items()
+    assert "candidate_head.safetensors" in hub.files["me/model"]
+
+
+def test_what_a_checkpoint_resumes_from_stays_here(tmp_path: Path, hub: LocalHub, lenvm: Lenvm) -> None:
+    source = make_folder("heads", tmp_path / "source")
+    sent = set(contents(source))
+    (source / "global_step3").mkdir()
+    for name in (
+        *("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_0.pth", "trainer_state.json"),
+        *("training_args.bin", "global_step3/states.pt"),
+    ):
+        (source / name).write_bytes(b"x")
+    assert lenvm("push", source, "me/x").status == 0
+    assert set(hub.files["me/x"]) == {*sent, ".gitattributes"}
+
+
+def test_nothing_private_goes_into_a_public_repository(tmp_path: Path, hub: LocalHub, lenvm: Lenvm) -> None:
+    source = make_folder("heads", tmp_path / "source")
+    hub.files["me/public"] = {".gitattributes": b""}
+    refused = lenvm("push", source, "me/public", "--private")
+    assert refused.status == 2
+    assert refused.line == "lenvm push: me/public: is there already, and public; nothing is uploaded"
+    assert set(hub.files["me/public"]) == {".gitattributes"}
+    assert not puts(hub)
+    for call in (("me/public",), ("me/private", "--private"), ("me/private", "--private"), ("me/private",)):
+        assert lenvm("push", source, *call).status == 0
+    assert hub.private == {"me/private"}
