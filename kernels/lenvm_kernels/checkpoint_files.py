@@ -19,6 +19,9 @@ BACKBONE_CONFIG_FILE = "config.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 
+SERVED_BACKBONES = ("qwen2", "qwen3", "llama")
+"""``model_type`` of the backbones that a separate LenVM can be served with."""
+
 
 class CheckpointError(ValueError):
     """A LenVM folder that cannot be used; the message names the file and what is wrong."""

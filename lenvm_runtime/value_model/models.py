@@ -17,7 +17,7 @@ from sglang.srt.models.qwen2 import Qwen2ForCausalLM
 from sglang.srt.models.qwen3 import Qwen3ForCausalLM
 from torch import Tensor, nn
 
-from lenvm_kernels.checkpoint_files import CheckpointError
+from lenvm_kernels.checkpoint_files import SERVED_BACKBONES, CheckpointError
 from lenvm_runtime.value_model.weights import LoraAdapter, backbone_weights, check_complete, mark_missing
 
 
@@ -50,11 +50,8 @@ class LlamaForLengthValueModel(_Backbone, LlamaForCausalLM):
     """Llama backbones, SmolLM2 among them."""
 
 
-ARCHITECTURES: dict[str, type[nn.Module]] = {
-    "qwen2": Qwen2ForLengthValueModel,
-    "qwen3": Qwen3ForLengthValueModel,
-    "llama": LlamaForLengthValueModel,
-}
+_CLASSES: tuple[type[nn.Module], ...] = (Qwen2ForLengthValueModel, Qwen3ForLengthValueModel, LlamaForLengthValueModel)
+ARCHITECTURES = dict(zip(SERVED_BACKBONES, _CLASSES, strict=True))
 """Model class by the backbone's ``model_type``."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from lenvm_kernels.checkpoint import load_value_head
-from lenvm_kernels.checkpoint_files import CheckpointError
+from lenvm_kernels.checkpoint_files import SERVED_BACKBONES, CheckpointError
 from lenvm_runtime.value_model.source import check_vocabulary, read_source
 from lenvm_runtime.value_model.weights import LoraAdapter, backbone_weights, check_complete, mark_missing
 from lenvm_training import lenvm_trainer
@@ -217,8 +218,47 @@ def test_a_result_that_the_engine_refuses_says_so(tmp_path: Path, kind: str, spa
     folder = tmp_path / "run" / "lenvm"
     with pytest.raises(CheckpointError):
         read_source(folder)
-    assert reason in load_lenvm(folder, base_model=run.model.backbone).lenvm_config.serving_obstacle
+    assert reason in load_lenvm(folder, base_model=run.model.backbone).serving_obstacle
     assert f"Only for comparison: {reason}" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("family", "module", "reason"),
+    [
+        ("mistral", "q_proj", "its backbone is of the family mistral; only qwen2, qwen3, llama can be served"),
+        ("llama", "embed_tokens", "its adapter changes model.embed_tokens; only the decoder's linear layers"),
+        ("llama", "lm_head", "its adapter changes lm_head; only the decoder's linear layers"),
+        ("llama", "down_proj", ""),
+    ],
+)
+def test_backbones_and_adapters_that_the_engine_refuses_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, module: str, reason: str
+) -> None:
+    make_backbone(tmp_path / "backbone", family, tied=False)
+    run = make_run(tmp_path, "lora", max_steps=1)
+    run = replace(run, model=replace(run.model, lora=LoraSettings(r=2, target_modules=(module,))))
+    train_lenvm(run)
+    folder = tmp_path / "run" / "lenvm"
+    said = f"Only for comparison: {reason}" if reason else "Served by `lenvm serve"
+    assert said in (folder / "README.md").read_text()
+    assert (f"the result is for comparison only: {reason}" in capsys.readouterr().err) == bool(reason)
+    if family in SERVED_BACKBONES:
+        with pytest.raises(CheckpointError) if reason else nullcontext():
+            list(LoraAdapter(folder).merge(shards(tmp_path / "backbone")))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "head"])
+def test_only_a_full_lenvm_is_trained_further(tmp_path: Path, kind: str) -> None:
+    train_lenvm(make_run(tmp_path, kind, max_steps=1))
+    further = make_run(tmp_path, name="further", max_steps=1)
+    further = replace(further, model=replace(further.model, backbone=str(tmp_path / "run" / "lenvm")))
+    if kind == "full":
+        assert train_lenvm(further)
+        return
+    with pytest.raises(
+        ValueError, match=r"^model\.backbone: .*lenvm is an adapter or a head; only a full LenVM can be"
+    ):
+        train_lenvm(further)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "head"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -15,13 +16,16 @@ from lenvm_kernels.checkpoint import load_value_head, save_value_head
 from lenvm_kernels.checkpoint_files import CheckpointError
 from lenvm_kernels.heads import ValueHead
 from lenvm_kernels.length_value import value_from_length
+from lenvm_training import model as model_module
 from lenvm_training.model import (
+    TOKENIZER_FILES,
     LenVM,
     LoraSettings,
     ModelSettings,
     build_lenvm,
     load_language_model,
     load_lenvm,
+    resolve_folder,
     restore_lenvm,
     save_lenvm,
 )
@@ -252,6 +256,23 @@ def test_a_half_copied_folder_is_named(tmp_path: Path, name: str, content: bytes
     (folder / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"^{folder}: ."):
         load_lenvm(folder) if name.startswith("adapter") else load_language_model(folder, torch.float32)
+
+
+def test_a_model_of_the_hub_can_be_had_without_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str] | None] = []
+
+    def download(_: str, allow_patterns: list[str] | None) -> Path:
+        asked.append(allow_patterns)
+        return tmp_path
+
+    monkeypatch.setattr(model_module, "snapshot_download", download)
+    backbone = make_backbone(tmp_path / "backbone")
+    assert resolve_folder(backbone, TOKENIZER_FILES) == backbone
+    assert resolve_folder("me/model") == resolve_folder("me/model", TOKENIZER_FILES) == tmp_path
+    everything, patterns = asked
+    assert everything is None
+    names = {path.name for path in backbone.iterdir()}
+    assert names - set(filter_repo_objects(names, allow_patterns=patterns)) == {"model.safetensors"}
 
 
 def test_bf16_weights_keep_the_head_in_fp32(tmp_path: Path) -> None:

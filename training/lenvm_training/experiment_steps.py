@@ -20,7 +20,7 @@ from lenvm_kernels.checkpoint_files import CANDIDATE_FILE
 from lenvm_training.config import ConfigError, Experiment, PromptSettings, RolloutSettings
 from lenvm_training.endpoints import IMAGES_NEED_OPENAI, MissingCompletionsError, Retry, Sampling
 from lenvm_training.model import (
-    LenVMConfig,
+    TOKENIZER_FILES,
     ModelSettings,
     default_device,
     load_language_model,
@@ -268,7 +268,7 @@ def _served_folder(experiment: Experiment) -> Path:
     """Of the engine of LENVM_ENGINE_URL, LENVM_MODEL is the model."""
     by_environment = os.environ.get(ENGINE_URL) and not _rollout_settings(experiment).engine_url
     named = os.environ.get(SERVED_MODEL) if by_environment else None
-    return resolve_folder(named or experiment.model.served_model)
+    return resolve_folder(named or experiment.model.served_model, TOKENIZER_FILES)
 
 
 def _run_with_engine(experiment: Experiment, command: Sequence[str]) -> NoReturn:
@@ -287,9 +287,6 @@ def train(experiment: Experiment, _: Sequence[str]) -> None:
 
     model, target = experiment.model, experiment.target
     if experiment.training is not None:
-        obstacle = LenVMConfig(model.kind, model.backbone, model.served_model, target).serving_obstacle
-        if obstacle:
-            say(f"the result is for comparison only: {obstacle}")
         _print_once(train_lenvm(LenVMRun(model, experiment.data, experiment.training, target)))
         return
     assert experiment.heads is not None

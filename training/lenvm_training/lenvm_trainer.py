@@ -1,5 +1,5 @@
 """Trains a `model.LenVM` on rollouts with transformers' Trainer, and leaves a folder that can be served.
-`model.LenVMConfig.serving_obstacle` names the kinds and targets that cannot.
+`model.LenVM.serving_obstacle` names those that cannot.
 
 Everything of the Trainer's own stays its own (schedules, bf16, gradient accumulation, FSDP and DeepSpeed
 through its arguments, TensorBoard); added are the LenVM folder as the form of its checkpoints, and the
@@ -37,6 +37,7 @@ from lenvm_training.model import (
     build_lenvm,
     load_tokenizer,
     read_vocab_size,
+    resolve_backbone,
     resolve_folder,
     restore_lenvm,
     save_lenvm,
@@ -133,7 +134,7 @@ def train_lenvm(run: LenVMRun) -> dict[str, float]:
     """
     arguments = training_arguments(_choice_of_best(run.training) | run.training, STEP_ORDER)
     train, held_out = _load_datasets(run.data, run.target)
-    folder = resolve_folder(run.model.backbone)
+    folder = resolve_backbone(run.model.backbone)
     tokenizer = load_tokenizer(folder)
     held_out_rows = [] if held_out is None else held_out.rows
     check_tokenizer([*train.rows, *held_out_rows], tokenizer, read_vocab_size(folder))
@@ -145,6 +146,8 @@ def train_lenvm(run: LenVMRun) -> dict[str, float]:
     torch.manual_seed(arguments.seed)
     lengths = [len(row["output_token_ids"]) for row in train.rows]
     model = build_lenvm(run.model, run.target, mean_target(lengths, run.target.build_space()))
+    if model.serving_obstacle and not arguments.process_index:
+        say(f"the result is for comparison only: {model.serving_obstacle}")
     rows_per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     order_seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     trainer = LenVMTrainer(
@@ -378,8 +381,8 @@ def _complete_result(
     recorded = model.lenvm_config
     names = {"backbone": recorded.base_model, "served_model": recorded.served_model}
     settings = {"model": asdict(run.model) | names, "target": asdict(run.target), "training": run.training}
-    backbone, obstacle = resolve_folder(run.model.backbone), recorded.serving_obstacle
-    write_lenvm_card(folder, settings, train, trainer.eval_dataset, figures, backbone, obstacle)
+    backbone = resolve_folder(run.model.backbone)
+    write_lenvm_card(folder, settings, train, trainer.eval_dataset, figures, backbone, model.serving_obstacle)
 
 
 def _convert_weights(folder: Path, kind: str, dtype: torch.dtype) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,7 +25,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import ModelOutput
 
 from lenvm_kernels.checkpoint import load_value_head, read_config, save_value_head
-from lenvm_kernels.checkpoint_files import CANDIDATE_FILE, CONFIG_FILE, VALUE_FILE, CheckpointError
+from lenvm_kernels.checkpoint_files import (
+    BACKBONE_CONFIG_FILE,
+    CANDIDATE_FILE,
+    CONFIG_FILE,
+    SERVED_BACKBONES,
+    VALUE_FILE,
+    CheckpointError,
+)
 from lenvm_kernels.heads import ValueHead
 from lenvm_training.targets import IGNORED, TargetConfig, censored_errors, lambda_returns
 
@@ -35,6 +43,8 @@ SERVED_SPACE = "discounted_return"
 DAMAGED = (SafetensorError, StrictDataclassError, pickle.UnpicklingError, EOFError, RuntimeError)
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, *DAMAGED)
 """What transformers and peft raise for a folder whose files are damaged, missing, or of another model."""
+TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+"""Of a model on the hub: its tokenizer, processor and configurations, without weights."""
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -89,15 +99,6 @@ class LenVMConfig:
     served_model: str
     target: TargetConfig
 
-    @property
-    def serving_obstacle(self) -> str:
-        """Why the engine cannot serve a LenVM of this configuration; empty when it can."""
-        if self.kind == "head":
-            return "a value head alone cannot be served; train a LoRA adapter, or heads (the 'heads' section)"
-        if self.target.space != SERVED_SPACE:
-            return f"predicts {self.target.space}; only {SERVED_SPACE} can be served"
-        return ""
-
     def to_json(self) -> str:
         """``gamma`` stands at the top too, where the serving side reads it."""
         return json.dumps({"gamma": self.target.gamma, **asdict(self)}, indent=2) + "\n"
@@ -128,6 +129,27 @@ class LenVM(nn.Module):
     def takes_images(self) -> bool:
         """Whether the backbone is a vision-language model."""
         return self.config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    @property
+    def serving_obstacle(self) -> str:
+        """Why the engine cannot serve it; empty when it can."""
+        space, family = self.lenvm_config.target.space, self.config.model_type
+        if self.lenvm_config.kind == "head":
+            return "a value head alone cannot be served; train a LoRA adapter, or heads (the 'heads' section)"
+        if space != SERVED_SPACE:
+            return f"predicts {space}; only {SERVED_SPACE} can be served"
+        if family not in SERVED_BACKBONES:
+            return f"its backbone is of the family {family}; only {', '.join(SERVED_BACKBONES)} can be served"
+        unmerged = next(self._unmerged_modules(), "")
+        return unmerged and f"its adapter changes {unmerged}; only the decoder's linear layers can be served adapted"
+
+    def _unmerged_modules(self) -> Iterator[str]:
+        """Adapted modules that the engine does not merge (``lenvm_runtime.value_model.weights.LoraAdapter``)."""
+        for name, module in self.causal_model.named_modules():
+            if not hasattr(module, "lora_A"):
+                continue
+            if not (isinstance(module.base_layer, nn.Linear) and name.startswith("model.")):
+                yield name
 
     @property
     def causal_model(self) -> Any:
@@ -195,7 +217,7 @@ def build_lenvm(settings: ModelSettings, target: TargetConfig, start: Tensor | N
     A new head starts at ``start``, the prediction it makes at first (nearly) everywhere: from elsewhere, the common
     way to the mean target can drive the sigmoid into saturation before anything is learned.
     """
-    folder = resolve_folder(settings.backbone)
+    folder = resolve_backbone(settings.backbone)
     dtype = getattr(torch, settings.dtype)
     language_model = load_language_model(folder, dtype, settings.attn_implementation)
     hidden_size = language_model.config.get_text_config().hidden_size
@@ -301,13 +323,24 @@ def read_lenvm_config(folder: Path) -> LenVMConfig:
         raise CheckpointError(f"{path}: not a LenVM configuration ({error})") from None
 
 
-def resolve_folder(source: str | Path) -> Path:
-    """The folder itself, or a hub repository's snapshot in the local cache. Raises CheckpointError."""
+def resolve_backbone(source: str) -> Path:
+    """`resolve_folder` of what a LenVM is trained from. Raises ValueError for one without a backbone of its own."""
+    folder = resolve_folder(source)
+    if (folder / VALUE_FILE).exists() and not (folder / BACKBONE_CONFIG_FILE).exists():
+        raise ValueError(f"model.backbone: {source} is an adapter or a head; only a full LenVM can be trained further")
+    return folder
+
+
+def resolve_folder(source: str | Path, files: Sequence[str] | None = None) -> Path:
+    """The folder itself, or a hub repository's snapshot in the local cache: all of it, or ``files`` (patterns).
+
+    Raises CheckpointError.
+    """
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
     try:
-        return Path(snapshot_download(str(source)))
+        return Path(snapshot_download(str(source), allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{source}: neither a folder nor a model of the hub ({reason})") from None

@@ -149,7 +149,7 @@ def served_intervals(
     """The 80% interval that the engine gives with each prompt, in tokens: [P, 2]; None for what cannot be served."""
     if head is not None:
         return head_intervals(head, model.causal_model, prompts, collator)
-    if model.lenvm_config.serving_obstacle:
+    if model.serving_obstacle:
         return None
     return assumed_intervals(predicted, model.lenvm_config.target.gamma)
 

@@ -14,7 +14,7 @@ import yaml
 
 from lenvm_training.config import load_yaml
 from lenvm_training.grouped_rows import GroupedReader, group_rollouts
-from lenvm_training.model import load_tokenizer, resolve_folder
+from lenvm_training.model import TOKENIZER_FILES, load_tokenizer, resolve_folder
 from lenvm_training.prompts import parse_object, read_prompts
 from lenvm_training.reference_config import convert_reference
 from lenvm_training.rollout_data import DataSettings, load_rollouts, select_rollouts
@@ -40,7 +40,7 @@ def downsample(rollouts: str, out: Path, samples: int, seed: int) -> None:
 def group(rollouts: Path, prompts: Path, model: str, out: Path) -> None:
     """Write the public grouped format, groups in random order."""
     _check_kept(out, rollouts, prompts)
-    tokenizer = load_tokenizer(resolve_folder(model))
+    tokenizer = load_tokenizer(resolve_folder(model, TOKENIZER_FILES))
     rows = as_lists(load_rollouts([rollouts]))
     random.Random(0).shuffle(rows)
     write_lines(out, (json.dumps(row) for row in group_rollouts(rows, read_prompts(prompts), tokenizer)))
@@ -49,7 +49,7 @@ def group(rollouts: Path, prompts: Path, model: str, out: Path) -> None:
 def ungroup(grouped: Path, out: Path, model: str, assume_finished: bool) -> None:
     """Read the public grouped format; says how many rows had to be tokenised anew."""
     _check_kept(out, grouped)
-    reader = GroupedReader(load_tokenizer(resolve_folder(model)), assume_finished)
+    reader = GroupedReader(load_tokenizer(resolve_folder(model, TOKENIZER_FILES)), assume_finished)
     rows = []
     with grouped.open("rb") as stream:
         for number, line in enumerate(stream, 1):
