@@ -230,6 +230,10 @@ def test_the_references_keys_are_converted() -> None:
         ("finetuning_type", "freeze"),
         ("lenvm_loss_type", "bce"),
         ("lenvm_huber_loss_delta", 0.1),
+        ("lenvm_huber_loss_delta", "abc"),
+        ("finetuning_type", ["full"]),
+        ("lenvm_target_type", ["length"]),
+        ("lora_rank", 8),
         ("template", "qwen"),
         ("neat_packing", True),
     ],
@@ -240,9 +244,56 @@ def test_what_cannot_be_honoured_is_named(key: str, value: Any) -> None:
     build_experiment(content, "r.yaml")
 
 
+@pytest.mark.parametrize("space", ["length", "log_length"])
+@pytest.mark.parametrize("given", [{}, {"lenvm_loss_type": "huber"}])
+def test_the_references_loss_of_other_targets_is_named(space: str, given: dict[str, str]) -> None:
+    _, problems = convert_reference({**REFERENCE, "lenvm_target_type": space, **given}, "r.yaml")
+    assert problems[0].startswith(f"lenvm_loss_type: 'huber' cannot be honoured with lenvm_target_type {space} (")
+
+
 def test_another_stage_is_refused() -> None:
     with pytest.raises(ConfigError, match="expected 'lenvm', got 'sft'"):
         convert_reference({**REFERENCE, "stage": "sft"}, "r.yaml")
+
+
+@pytest.mark.parametrize("missing", ["model_name_or_path", "dataset", "output_dir"])
+def test_what_a_reference_must_have_is_named(missing: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^r\.yaml: {missing}: missing$"):
+        convert_reference({key: value for key, value in REFERENCE.items() if key != missing}, "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("given", "rank", "alpha", "modules"),
+    [
+        ({}, 8, 16, "all-linear"),
+        ({"lora_rank": 64}, 64, 128, "all-linear"),
+        ({"finetuning_type": "lora", "lora_alpha": 4, "lora_target": "q_proj,v_proj"}, 8, 4, ("q_proj", "v_proj")),
+    ],
+)
+def test_a_reference_without_its_lora_keys_means_the_references_defaults(
+    given: dict[str, Any], rank: int, alpha: int, modules: Any
+) -> None:
+    plain = {key: value for key, value in REFERENCE.items() if key != "finetuning_type"}
+    content, problems = convert_reference(plain | given, "r.yaml")
+    model = build_experiment(content, "r.yaml").model
+    assert (model.kind, model.lora.r, model.lora.alpha, model.lora.target_modules) == ("lora", rank, alpha, modules)
+    assert len(problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "warmup_steps"),
+    [
+        ({"warmup_ratio": 0.1}, 0.1),
+        ({"warmup_ratio": 0.1, "warmup_steps": 0}, 0.1),
+        ({"warmup_steps": 5, "warmup_ratio": 0.1}, 5),
+        ({"warmup_ratio": 1.5}, None),
+    ],
+)
+def test_a_share_of_steps_to_warm_up_is_honoured(given: dict[str, Any], warmup_steps: float | None) -> None:
+    content, problems = convert_reference(REFERENCE | given, "r.yaml")
+    assert content["training"].get("warmup_steps") == warmup_steps
+    named = [problem for problem in problems if problem.startswith("warmup_ratio: ")]
+    assert len(named) == (warmup_steps != 0.1)
 
 
 def test_a_sweep_runs_what_is_missing_and_makes_its_table(tmp_path: Path) -> None:
@@ -289,6 +340,37 @@ def test_a_sweep_runs_what_is_missing_and_makes_its_table(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=refusal):
         run_sweep(sweep, experiments, run, ran.append)
     assert len(ran) == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.output_dir=x", "training.output_dir: is set by the sweep of gamma"),
+        ("evaluation.out=x", "evaluation.out: is set by the sweep of gamma"),
+        ("heads.out=x", "heads.out: is set by the sweep of gamma"),
+        ("target.gamma=0.5", "target.gamma: is set by every variant of gamma"),
+        ("model.lora.r=4", "model.lora.r: is set by every variant of gamma"),
+        ("rollouts.samples=3", "rollouts.samples: does nothing in a sweep"),
+        ("out=x", "out: does nothing in a sweep"),
+        ("target.lam=0.5", ""),
+        ("model.kind=lora", ""),
+    ],
+)
+def test_what_no_variant_would_heed_is_refused(tmp_path: Path, override: str, message: str) -> None:
+    (tmp_path / "base.yaml").write_text(
+        "model: {backbone: b, served_model: s, kind: lora}\ndata: {rollouts: [a]}\ntraining: {output_dir: o}\n"
+    )
+    lora = {"model.lora": {"r": 2}}
+    variants: dict[str, dict[str, Any]] = {
+        "small": {"target.gamma": 0.9, "target.lam": 1.0, **lora},
+        "large": {"target.gamma": 0.99, **lora},
+    }
+    sweep = Sweep("gamma", "base.yaml", str(tmp_path / "out"), variants)
+    if not message:
+        assert len(variant_experiments(sweep, tmp_path / "sweep.yaml", [override])) == len(variants)
+        return
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        variant_experiments(sweep, tmp_path / "sweep.yaml", [override])
 
 
 def test_a_sweeps_folder_and_base_may_lie_in_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Reads the YAML of the LenVM paper's own training code (``stage: lenvm`` of a LLaMA-Factory fork) into ours.
 
-Every key is either converted or named with the reason why it cannot be honoured; none is dropped in silence.
+Every key is either converted or named with the reason why it cannot be honoured; none is dropped in silence. What is
+absent is as LLaMA-Factory has it: LoRA of rank 8 on all linear layers, alpha twice the rank.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 from lenvm_training.config import ConfigError
 
 Setter = tuple[str, Callable[[Any], Any]]
+REQUIRED = ("model_name_or_path", "dataset", "output_dir")
+RETURN_SPACE = "discounted_return"
 
 
 class _Refused(Exception):
@@ -31,11 +34,19 @@ def _only(*accepted: Any) -> Callable[[Any], Any]:
     return convert
 
 
-def _kind(value: str) -> str:
-    kinds = {"full": "full", "lora": "lora"}
-    if value not in kinds:
-        raise _Refused("only full or lora")
-    return kinds[value]
+def _one_of(*accepted: str) -> Callable[[Any], str]:
+    """Take over one of these values, refuse others."""
+
+    def convert(value: Any) -> str:
+        if value not in accepted:
+            raise _Refused(f"only {', '.join(accepted)}")
+        return str(value)
+
+    return convert
+
+
+def _attention(value: Any) -> str:
+    return "flash_attention_2" if value == "fa2" else "sdpa"
 
 
 def _files(value: Any) -> list[str]:
@@ -48,15 +59,18 @@ def _modules(value: Any) -> Any:
     return "all-linear" if list(names) == ["all"] else [name.strip() for name in names]
 
 
-def _target(value: str) -> str:
-    spaces = {"discounted_return": "discounted_return", "length": "length", "log_length": "log_length"}
-    if value not in spaces:
-        raise _Refused(f"only {', '.join(spaces)}")
-    return spaces[value]
+def _warmup(value: Any) -> float:
+    if not isinstance(value, int | float) or not 0 <= value < 1:
+        raise _Refused("only a share of all steps, at least 0 and less than 1")
+    return value
 
 
 def _huber(value: Any) -> None:
-    if float(value) < 1:
+    try:
+        delta = float(value)
+    except (TypeError, ValueError):
+        raise _Refused("not a number") from None
+    if not delta >= 1:
         raise _Refused("the loss is the squared error; only a Huber delta of 1 or more is the same within (-1, 0]")
 
 
@@ -71,18 +85,18 @@ CONVERTED: dict[str, Setter] = {
     "stage": ("", _only("lenvm")),
     "do_train": ("", _only(True)),
     "model_name_or_path": ("model.backbone", _same),
-    "finetuning_type": ("model.kind", _kind),
+    "finetuning_type": ("model.kind", _one_of("full", "lora")),
     "lora_rank": ("model.lora.r", _same),
     "lora_alpha": ("model.lora.alpha", _same),
     "lora_dropout": ("model.lora.dropout", _same),
     "lora_target": ("model.lora.target_modules", _modules),
-    "flash_attn": ("model.attn_implementation", lambda value: {"fa2": "flash_attention_2"}.get(value, "sdpa")),
+    "flash_attn": ("model.attn_implementation", _attention),
     "dataset": ("data.rollouts", _files),
     "eval_dataset": ("data.eval_rollouts", _files),
     "cutoff_len": ("data.max_tokens", _same),
     "lenvm_gamma": ("target.gamma", _same),
     "lenvm_lam": ("target.lam", _same),
-    "lenvm_target_type": ("target.space", _target),
+    "lenvm_target_type": ("target.space", _one_of(RETURN_SPACE, "length", "log_length")),
     "lenvm_agg_method": ("", _only("token-mean")),
     "lenvm_loss_type": ("", _only("huber", "mse")),
     "lenvm_relative_loss": ("", _only(False)),
@@ -90,6 +104,7 @@ CONVERTED: dict[str, Setter] = {
     "plot_loss": ("", _only(True)),
     "resume_from_checkpoint": ("", _only(None)),
     "overwrite_output_dir": ("", _only(False)),
+    "warmup_ratio": ("training.warmup_steps", _warmup),  # a number below 1 is a share there
     **{key: (f"training.{key}", _same) for key in TRAINING_KEYS},
     "save_only_model": ("", _only(False)),
 }
@@ -103,25 +118,58 @@ def convert_reference(content: dict[str, Any], where: str) -> tuple[dict[str, An
     """
     if content.get("stage") != "lenvm":
         raise ConfigError(f"{where}: stage: expected 'lenvm', got {content.get('stage')!r}")
-    if "model_name_or_path" not in content or "dataset" not in content:
-        raise ConfigError(f"{where}: needs model_name_or_path and dataset")
+    missing = [key for key in REQUIRED if not content.get(key)]
+    if missing:
+        raise ConfigError(f"{where}: {missing[0]}: missing")
     result: dict[str, Any] = {"training": {}}
-    problems = []
-    for key, value in content.items():
-        if key not in CONVERTED:
-            problems.append(f"{key}: not known here")
-            continue
-        path, convert = CONVERTED[key]
-        try:
-            converted = convert(value)
-        except _Refused as reason:
-            problems.append(f"{key}: {value!r} cannot be honoured ({reason})")
-            continue
-        if path:
-            _set(result, path.split("."), converted)
+    whole = _with_defaults(content)
+    problems = [problem for key in whole if (problem := _convert(key, whole, result))]
     result["model"].setdefault("served_model", "")
+    problems += _loss_problems(whole)
     problems.append("served model: not in that file; set model.served_model")
     return result, problems
+
+
+def _with_defaults(content: dict[str, Any]) -> dict[str, Any]:
+    """``content`` and what LLaMA-Factory takes for LoRA's keys that are absent, without ``warmup_steps`` of 0."""
+    whole = {**content, "finetuning_type": content.get("finetuning_type", "lora")}
+    if whole["finetuning_type"] == "lora":
+        rank = content.get("lora_rank") or 8
+        whole |= {"lora_rank": rank, "lora_target": content.get("lora_target") or "all"}
+        whole["lora_alpha"] = content.get("lora_alpha") or 2 * rank
+    return {key: value for key, value in whole.items() if value or key != "warmup_steps"}
+
+
+def _convert(key: str, content: dict[str, Any], result: dict[str, Any]) -> str:
+    """Put one key into ``result``; or why that cannot be."""
+    value = content[key]
+    if key not in CONVERTED:
+        return f"{key}: not known here"
+    path, convert = CONVERTED[key]
+    try:
+        _check_effective(key, content)
+        converted = convert(value)
+    except _Refused as reason:
+        return f"{key}: {value!r} cannot be honoured ({reason})"
+    if path:
+        _set(result, path.split("."), converted)
+    return ""
+
+
+def _check_effective(key: str, content: dict[str, Any]) -> None:
+    """Raises _Refused for what LLaMA-Factory itself does not read."""
+    if key.startswith("lora_") and content["finetuning_type"] != "lora":
+        raise _Refused(f"does nothing with finetuning_type {content['finetuning_type']}")
+    if key == "warmup_ratio" and content.get("warmup_steps"):
+        raise _Refused("does nothing beside warmup_steps")
+
+
+def _loss_problems(content: dict[str, Any]) -> list[str]:
+    space, loss = content.get("lenvm_target_type", RETURN_SPACE), content.get("lenvm_loss_type", "huber")
+    if loss != "huber" or space == RETURN_SPACE:
+        return []
+    reason = f"with lenvm_target_type {space} (the loss is the squared error)"
+    return [f"lenvm_loss_type: 'huber' cannot be honoured {reason}"]
 
 
 def _set(content: dict[str, Any], keys: list[str], value: Any) -> None:

@@ -56,7 +56,11 @@ def load_sweep(path: Path) -> Sweep:
 
 
 def variant_experiments(sweep: Sweep, where: Path, overrides: list[str]) -> dict[str, Experiment]:
-    """The experiment of each variant: base, common keys, command line, then the variant's own keys."""
+    """The experiment of each variant: base, common keys, command line, then the variant's own keys.
+
+    Raises ConfigError, for an override that no variant would heed too.
+    """
+    _check_heeded(sweep, overrides)
     base = load_yaml(where.parent / sweep.base)
     experiments = {}
     for name, keys in sweep.variants.items():
@@ -64,6 +68,19 @@ def variant_experiments(sweep: Sweep, where: Path, overrides: list[str]) -> dict
         own = _own_folders(f"{sweep.out}/{name}", content.get("heads") is not None)
         experiments[name] = build_experiment(apply_overrides(content, _assignments(own)), f"{where}: {name}")
     return experiments
+
+
+def _check_heeded(sweep: Sweep, overrides: list[str]) -> None:
+    """Raises ConfigError for keys that the sweep or every variant sets anew, and for those that decide no figure."""
+    folders = {**_own_folders("", has_heads=True), **_own_folders("", has_heads=False)}
+    by_all = set.intersection(*(set(keys) for keys in sweep.variants.values()))
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key.partition(".")[0] not in DECISIVE:
+            raise ConfigError(f"{key}: does nothing in a sweep")
+        for set_by, keys in (("the sweep", folders), ("every variant", by_all)):
+            if any(f"{key}.".startswith(f"{other}.") for other in keys):
+                raise ConfigError(f"{key}: is set by {set_by} of {sweep.name}")
 
 
 def _own_folders(folder: str, has_heads: bool) -> dict[str, str]:
