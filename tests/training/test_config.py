@@ -251,6 +251,11 @@ def test_the_references_loss_of_other_targets_is_named(space: str, given: dict[s
     assert problems[0].startswith(f"lenvm_loss_type: 'huber' cannot be honoured with lenvm_target_type {space} (")
 
 
+def test_a_reference_without_cutoff_len_means_the_references_default() -> None:
+    content, _ = convert_reference({key: value for key, value in REFERENCE.items() if key != "cutoff_len"}, "r.yaml")
+    assert build_experiment(content, "r.yaml").data.max_tokens == 2048
+
+
 def test_another_stage_is_refused() -> None:
     with pytest.raises(ConfigError, match="expected 'lenvm', got 'sft'"):
         convert_reference({**REFERENCE, "stage": "sft"}, "r.yaml")
@@ -294,6 +299,14 @@ def test_a_share_of_steps_to_warm_up_is_honoured(given: dict[str, Any], warmup_s
     assert content["training"].get("warmup_steps") == warmup_steps
     named = [problem for problem in problems if problem.startswith("warmup_ratio: ")]
     assert len(named) == (warmup_steps != 0.1)
+
+
+@pytest.mark.parametrize("name", ["../x", "..", ".", "", "a/b"])
+def test_a_variant_that_is_no_folder_of_the_sweep_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(f"name: n\nbase: b.yaml\nout: o\nvariants: {{fine: {{}}, '{name}': {{}}}}\n")
+    with pytest.raises(ConfigError, match=r"sweep\.yaml: variants: .* is not the name of a folder"):
+        load_sweep(path)
 
 
 def test_a_sweep_runs_what_is_missing_and_makes_its_table(tmp_path: Path) -> None:

@@ -333,6 +333,16 @@ def test_half_written_checkpoints_are_passed_over(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-best"}
 
 
+def test_a_checkpoint_with_a_cut_file_of_a_process_is_passed_over(tmp_path: Path) -> None:
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}" / "global_step").mkdir(parents=True)
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        torch.save({"a": torch.ones(100)}, tmp_path / f"checkpoint-{step}" / "global_step" / "optim_states.pt")
+    cut = tmp_path / "checkpoint-4" / "global_step" / "optim_states.pt"
+    cut.write_bytes(cut.read_bytes()[:200])
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "config.json"])
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path: Path, name: str) -> None:
     run = make_run(tmp_path, save_steps=2)
@@ -384,6 +394,7 @@ def test_no_prompt_is_trained_on_and_held_out(tmp_path: Path) -> None:
         ({"label_smoothing_factor": 0.1}, r"training\.label_smoothing_factor: is set by the trainer itself"),
         ({"neftune_noise_alpha": 5}, r"training\.neftune_noise_alpha: is set by the trainer itself"),
         ({"use_liger_kernel": True}, r"training\.use_liger_kernel: is set by the trainer itself"),
+        ({"do_predict": True}, r"training\.do_predict: does nothing here"),
         ({"learning_rate": "abc"}, r"training\.learning_rate: Input should be a valid number.* got 'abc'"),
         ({"bf16": "maybe"}, r"training\.bf16: Input should be a valid boolean.* got 'maybe'"),
         ({"per_device_train_batch_size": 0}, r"training\.per_device_train_batch_size: must be at least 1, got 0"),

@@ -452,7 +452,7 @@ def test_the_limit_on_open_files_is_raised_or_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("status", "error"), [(400, PromptRefusedError), (413, PromptRefusedError), (422, PromptRefusedError),
-                          (401, EndpointError), (403, EndpointError), (404, EndpointError), (307, EndpointError)]
+                          (401, EndpointError), (404, EndpointError), (410, EndpointError), (307, EndpointError)]
 )  # fmt: skip
 def test_a_refusal_is_not_tried_again(tmp_path: Path, status: int, error: type[Exception]) -> None:
     with pytest.raises(error, match=rf"engine refused prompt p\d: {status} too long"):

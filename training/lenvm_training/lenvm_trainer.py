@@ -72,6 +72,8 @@ FIXED_ARGUMENTS = {
 }
 AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 SCALARS = {int, float, bool, type(None)}
+DOES_NOTHING = ("do_train", "do_eval", "do_predict")
+"""Which transformers leaves to the scripts around its Trainer."""
 STEP_ORDER = {
     "train_sampling_strategy": "sequential",  # `StepOrder` shuffles by itself
     "dataloader_persistent_workers": False,  # they would keep the first epoch's order
@@ -197,6 +199,8 @@ def _check_names(settings: Mapping[str, Any], fixed: Mapping[str, Any], section:
     for name, value in sorted(settings.items()):
         if name in fixed and value != fixed[name]:
             raise ValueError(f"{section}.{name}: is set by the trainer itself, to {fixed[name]!r}")
+        if name in DOES_NOTHING:
+            raise ValueError(f"{section}.{name}: does nothing here")
         if name not in TrainingArguments.__dataclass_fields__:
             raise ValueError(f"{section}.{name}: not one of transformers.TrainingArguments")
 
@@ -298,14 +302,14 @@ def _step(checkpoint: Path) -> int:
 def _is_whole(checkpoint: Path) -> bool:
     """Whether the file that is written last is there, and neither it nor another one was cut off."""
     try:
-        for path in (checkpoint / LAST_FILE_OF_CHECKPOINT, *checkpoint.glob("*.json")):
+        for path in (checkpoint / LAST_FILE_OF_CHECKPOINT, *checkpoint.rglob("*.json")):
             json.loads(path.read_text())
-        for path in checkpoint.glob("*.safetensors"):
+        for path in checkpoint.rglob("*.safetensors"):
             with safe_open(path, "pt"):
                 pass
     except (FileNotFoundError, ValueError, SafetensorError):
         return False
-    return all(zipfile.is_zipfile(path) for pattern in TORCH_FILES for path in checkpoint.glob(pattern))
+    return all(zipfile.is_zipfile(path) for pattern in TORCH_FILES for path in checkpoint.rglob(pattern))
 
 
 def _load_datasets(settings: DataSettings, target: TargetConfig) -> tuple[RolloutDataset, RolloutDataset | None]:

@@ -1,7 +1,7 @@
 """Reads the YAML of the LenVM paper's own training code (``stage: lenvm`` of a LLaMA-Factory fork) into ours.
 
 Every key is either converted or named with the reason why it cannot be honoured; none is dropped in silence. What is
-absent is as LLaMA-Factory has it: LoRA of rank 8 on all linear layers, alpha twice the rank.
+absent is as LLaMA-Factory has it: 2048 tokens at most, LoRA of rank 8 on all linear layers, alpha twice the rank.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ def convert_reference(content: dict[str, Any], where: str) -> tuple[dict[str, An
 
 
 def _with_defaults(content: dict[str, Any]) -> dict[str, Any]:
-    """``content`` and what LLaMA-Factory takes for LoRA's keys that are absent, without ``warmup_steps`` of 0."""
-    whole = {**content, "finetuning_type": content.get("finetuning_type", "lora")}
+    """``content`` and what LLaMA-Factory takes for keys that are absent, without ``warmup_steps`` of 0."""
+    whole = {"cutoff_len": 2048, "finetuning_type": "lora", **content}
     if whole["finetuning_type"] == "lora":
         rank = content.get("lora_rank") or 8
         whole |= {"lora_rank": rank, "lora_target": content.get("lora_target") or "all"}

@@ -52,6 +52,9 @@ def load_sweep(path: Path) -> Sweep:
         raise ConfigError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     if not sweep.variants:
         raise ConfigError(f"{path}: variants: must not be empty")
+    for name in sweep.variants:
+        if not name or Path(name).name != name or name == "..":
+            raise ConfigError(f"{path}: variants: {name!r} is not the name of a folder")
     return sweep
 
 
