@@ -38,11 +38,11 @@ _TENSORS = (
     "endless",
     "prompt_len",
 )
-_HOST_LISTS = ("mean", "bounded", "gated", "endings_ignored", "max_candidates", "num_stops")
+_HOST_LISTS = ("mean", "bounded", "gated", "endings_ignored", "ranked", "max_candidates", "num_stops")
 
 DEFAULT_CANDIDATES = 32
-"""Of a row without a top-k filter, and of a greedy one."""
-_GREEDY_TOP_K = 1
+"""Of a row without a top-k filter."""
+GREEDY_TOP_K = 1
 
 
 @dataclass
@@ -51,9 +51,9 @@ class ControlBatch:
 
     On the host: ``guided`` says which rows are under control, ``mean`` which of them ask for a mean value,
     ``bounded`` which have a ``min_value``, ``gated`` which have a ``max_mean_value`` below 0, ``endings_ignored`` which
-    go on after an EOS; ``max_candidates`` is the most candidates that a row has beside EOS ids, ``num_stops`` how many
-    tokens end it beside those that end every request, each 0 without control. ``stop_ids`` [B, S] are these tokens,
-    then NO_TOKEN, S being the most of any row.
+    go on after an EOS, ``ranked`` which are greedy with a top-k of their own; ``max_candidates`` is the most candidates
+    that a row has beside EOS ids, ``num_stops`` how many tokens end it beside those that end every request, each 0
+    without control. ``stop_ids`` [B, S] are these tokens, then NO_TOKEN, S being the most of any row.
     ``rows`` (device, int64) lists the guided ones and is rebuilt when the batch changes, never within a step. Rows of
     mode EQUAL with ``factor`` > 0 have their ``target`` set at the prompt boundary, as factor times the predicted
     length.
@@ -64,6 +64,7 @@ class ControlBatch:
     bounded: list[bool]
     gated: list[bool]
     endings_ignored: list[bool]
+    ranked: list[bool]
     max_candidates: list[int]
     num_stops: list[int]
     rows: Tensor
@@ -89,13 +90,21 @@ class ControlBatch:
         device: Any,
         ignore_eos: Sequence[bool] | None = None,
         stop_ids: Sequence[Collection[int] | None] | None = None,
+        greedy_top_ks: Sequence[int | None] | None = None,
     ) -> ControlBatch | None:
-        """The batch of these rows; None when no row is under control. ``top_ks``: SGLang's, 1 for greedy rows."""
+        """The batch of these rows; None when no row is under control.
+
+        ``top_ks``: SGLang's, 1 for greedy rows; ``greedy_top_ks``: what these asked for, if anything.
+        """
         active = [control if control and not control.is_neutral else None for control in controls]
         guided = [control is not None for control in active]
         if not any(guided):
             return None
-        max_candidates = [_max_candidates(k) if c else 0 for c, k in zip(active, top_ks, strict=True)]
+        asked = zip(active, top_ks, greedy_top_ks or [None] * len(active), strict=True)
+        own = [k if c and top_k <= GREEDY_TOP_K else None for c, top_k, k in asked]
+        max_candidates = [
+            k or _max_candidates(top_k) if c else 0 for c, top_k, k in zip(active, top_ks, own, strict=True)
+        ]
         ignored = [c is not None and i for c, i in zip(active, ignore_eos or [False] * len(active), strict=True)]
         given = zip(active, ignored, stop_ids or [None] * len(active), strict=True)
         stops = [sorted(ids or ()) if c and not i else [] for c, i, ids in given]  # ignored too, by ignore_eos
@@ -109,6 +118,7 @@ class ControlBatch:
             bounded=[control is not None and control.min_value is not None for control in active],
             gated=[control is not None and control.max_mean_value < 0 for control in active],
             endings_ignored=ignored,
+            ranked=[k is not None for k in own],
             max_candidates=max_candidates,
             num_stops=[len(ids) for ids in stops],
             rows=_guided_rows(guided, device),
@@ -136,6 +146,7 @@ class ControlBatch:
             bounded=[False] * num_rows,
             gated=[False] * num_rows,
             endings_ignored=[False] * num_rows,
+            ranked=[False] * num_rows,
             max_candidates=[0] * num_rows,
             num_stops=[0] * num_rows,
             rows=_guided_rows([], device),
@@ -180,7 +191,7 @@ class ControlBatch:
     @property
     def has_limits(self) -> bool:
         """Whether rows differ in the candidates they may have (`lenvm_kernels.candidate_limits`)."""
-        return self.num_candidates > DEFAULT_CANDIDATES or any(self.endings_ignored)
+        return self.num_candidates > DEFAULT_CANDIDATES or any(self.endings_ignored) or any(self.ranked)
 
     def end_ids(self, eos_token_ids: Tensor) -> Tensor:
         """What ends the guided rows: the given EOS ids [E], or [G, E + S] where rows have stops of their own.
@@ -250,7 +261,7 @@ def _widen(stop_ids: Tensor, width: int) -> Tensor:
 
 
 def _max_candidates(top_k: int) -> int:
-    return top_k if _GREEDY_TOP_K < top_k <= MAX_TOP_K else DEFAULT_CANDIDATES
+    return top_k if GREEDY_TOP_K < top_k <= MAX_TOP_K else DEFAULT_CANDIDATES
 
 
 def _guided_rows(guided: list[bool], device: Any) -> Tensor:

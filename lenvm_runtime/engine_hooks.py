@@ -21,7 +21,7 @@ from lenvm_runtime.closing import closing_tokens
 from lenvm_runtime.control_batch import ControlBatch
 from lenvm_runtime.head_runner import HeadRunner
 from lenvm_runtime.input_values import QueryBatch, write_input_values
-from lenvm_runtime.length_control import LengthControl, ValueQuery
+from lenvm_runtime.length_control import TOP_K_KEY, LengthControl, ValueQuery
 from lenvm_runtime.readers import Readers
 from lenvm_runtime.response import CANDIDATES_KEY, PREDICTION_KEY, VALUE_KEY
 from lenvm_runtime.steering import DeviceRows, last_token_ids, released
@@ -178,6 +178,7 @@ def _build_control(_result: None, sampling_info: Any, batch: Any, _vocab_size: i
         sampling_info.device,
         [req.sampling_params.ignore_eos for req in reqs],
         [req.sampling_params.stop_token_ids for req in reqs],
+        [(req.sampling_params.custom_params or {}).get(TOP_K_KEY) for req in reqs],
     )
 
 

@@ -31,6 +31,11 @@ class QueryBatch:
         """Whether no row asks for values."""
         return not any(self.queries)
 
+    @property
+    def num_candidates(self) -> list[int]:
+        """How many next tokens each row asks for."""
+        return [len(query.candidate_ids) if query else 0 for query in self.queries]
+
     def filter(self, keep_indices: Sequence[int]) -> QueryBatch:
         """The queries of the kept rows, in that order."""
         return QueryBatch(tuple(self.queries[index] for index in keep_indices))

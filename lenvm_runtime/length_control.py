@@ -50,6 +50,9 @@ _FIELDS = (
 )
 WITHOUT_LENVM = "lenvm:without-values"
 """What the key of a request in SGLang's prefix cache holds if a separate LenVM does not run for it."""
+TOP_K_KEY = "lenvm_top_k"
+"""In ``custom_params``, set by the engine's API process: the top-k of a request under control. SGLang replaces that of
+a greedy one by 1."""
 _WIRE_FIELD = "custom_params.lenvm"
 _FIELDS_BESIDE_CONTROL = ("values", "input_values", "candidates")
 

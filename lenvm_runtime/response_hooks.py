@@ -20,6 +20,7 @@ from fastapi.responses import ORJSONResponse
 
 from lenvm_runtime import compat
 from lenvm_runtime.length_control import (
+    TOP_K_KEY,
     WITHOUT_LENVM,
     LengthControl,
     LengthControlError,
@@ -68,6 +69,7 @@ def register(gamma: float, max_length: int, is_separate: bool) -> None:
         vocab_size = compat.vocab_size(manager)
         _check_stop_ids(params, vocab_size)
         _check_controls(params)
+        _keep_top_ks(params)
         queries = _read_queries(params, vocab_size)
         _check_input_ids(obj.input_ids, vocab_size, "input" if queries else "prompt")
         if is_separate:
@@ -113,6 +115,17 @@ def _check_controls(sampling_params: Any) -> None:
     """Refuse an unusable control here (ValueError: HTTP 400), before it reaches the scheduler."""
     for params in _each(sampling_params):
         check_sampling(LengthControl.from_custom_params(params.get("custom_params")), params)
+
+
+def _keep_top_ks(sampling_params: Any) -> None:
+    """Write the top-k of requests under control where SGLang does not change it; see `TOP_K_KEY`."""
+    for params in _each(sampling_params):
+        given, top_k = params.get("custom_params"), params.get("top_k")
+        if not isinstance(given, dict) or LengthControl.from_custom_params(given) is None:
+            continue
+        kept = {key: value for key, value in given.items() if key != TOP_K_KEY}
+        has_filter = isinstance(top_k, int) and top_k >= 1
+        params["custom_params"] = kept | ({TOP_K_KEY: top_k} if has_filter else {})
 
 
 def _check_stop_ids(sampling_params: Any, vocab_size: int) -> None:

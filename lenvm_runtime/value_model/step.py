@@ -27,6 +27,7 @@ from lenvm_runtime.steering import (
     released,
     steer_rows,
 )
+from lenvm_runtime.upload import upload
 from lenvm_runtime.value_model.packing import StepRows, pack_step, read_candidates, split_requests
 from lenvm_runtime.value_model.runner import ValueModelRunner
 from lenvm_runtime.value_model.step_graphs import NUM_ROWS
@@ -119,13 +120,16 @@ class ValueStep:
     def _answers(self, state_values: Tensor) -> dict[str, DeviceRows]:
         """What a prefill adds to the values: the prediction, and the values of asked-for next tokens."""
         answers = {PREDICTION_KEY: DeviceRows(self.guide.predictions(state_values))}
-        if self.queries.is_empty:
+        counts = self.queries.num_candidates
+        asking = [row for row, count in enumerate(counts) if count]
+        if not asking:
             return answers
-        ids, asked = self.queries.candidate_ids(state_values.device)
+        device = state_values.device
+        ids, asked = self.queries.candidate_ids(device)
+        rows = upload(asking, torch.int64, device)
         scored = asked & (ids.unsqueeze(-1) != self.guide.eos_token_ids).all(-1)
-        if ids.numel():
-            every = torch.arange(len(ids), device=ids.device)
-            answers[CANDIDATES_KEY] = DeviceRows(self._score(every, ids, scored, [ids.shape[1]] * len(ids)))
+        values = self._score(rows, ids[rows], scored[rows], [counts[row] for row in asking])
+        answers[CANDIDATES_KEY] = DeviceRows(values.new_zeros(ids.shape).index_copy(0, rows, values))
         return answers
 
     def _steer(self, control: ControlBatch, logits: Tensor, sampling: Any, positions: Tensor) -> Tensor:

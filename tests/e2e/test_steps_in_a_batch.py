@@ -96,6 +96,8 @@ ROWS: tuple[tuple[dict[str, Any] | None, dict[str, Any]], ...] = (
     (CONTROLS[0], LETTERS),
     (CONTROLS[1], WITHOUT_C),
     (CONTROLS[5], {"temperature": 0.5, "top_k": 1}),
+    (CONTROLS[5], {"temperature": 0.0, "top_k": 3}),
+    (CONTROLS[3], {"temperature": 0.0, "top_k": 4}),
     (None, {**PENALTIES, "ignore_eos": True}),
     (CONTROLS[5], PENALTIES),
     (CONTROLS[4], {"logit_bias": {"70": 3.0, "80": -100.0}, "stop_token_ids": [60, 90]}),
@@ -197,7 +199,8 @@ class Twin:
         top_k = 1 if sampling.get("temperature") == 0 else sampling.get("top_k", TOP_K_ALL)
         endless = [sampling.get("ignore_eos", False)]
         stops = sampling.get("stop_token_ids", [])
-        rows = ControlBatch.build([LengthControl.parse(control)], [len(prompt)], [top_k], "cpu", endless, [stops])
+        parsed, asked = [LengthControl.parse(control)], [sampling.get("top_k")]
+        rows = ControlBatch.build(parsed, [len(prompt)], [top_k], "cpu", endless, [stops], asked)
         assert rows is not None
         last = torch.tensor((prompt + output)[-1:])
         targets = self._scaled_target(prompt, control)

@@ -10,7 +10,7 @@ import torch
 from lenvm_kernels.candidates import NO_TOKEN
 from lenvm_kernels.length_control import Mode
 from lenvm_kernels.value_bound import NO_MIN_VALUE
-from lenvm_runtime.control_batch import ControlBatch, merge
+from lenvm_runtime.control_batch import DEFAULT_CANDIDATES, ControlBatch, merge
 from lenvm_runtime.length_control import LengthControl
 
 CHOICES = (
@@ -32,7 +32,8 @@ def build(rows: list[tuple[LengthControl | None, int]]) -> ControlBatch | None:
     numbers = [number for _, number in rows]  # of the prompt's tokens, and stand for what else a row has
     stops = [set(range(number, number + number % 4)) or None for number in numbers]
     ignored = [number % 2 == 0 for number in numbers]
-    return ControlBatch.build([c for c, _ in rows], numbers, numbers, "cpu", ignored, stops)
+    asked = [number % 7 or None for number in numbers]
+    return ControlBatch.build([c for c, _ in rows], numbers, numbers, "cpu", ignored, stops, asked)
 
 
 def assert_equal(batch: ControlBatch | None, rows: list[tuple[LengthControl | None, int]]) -> None:
@@ -45,6 +46,7 @@ def assert_equal(batch: ControlBatch | None, rows: list[tuple[LengthControl | No
     assert batch.bounded == expected.bounded
     assert batch.gated == expected.gated
     assert batch.endings_ignored == expected.endings_ignored
+    assert batch.ranked == expected.ranked
     assert batch.max_candidates == expected.max_candidates
     assert batch.num_stops == expected.num_stops
     assert torch.equal(batch.stop_ids, expected.stop_ids)
@@ -123,6 +125,17 @@ def test_a_bound_is_its_rows_alone(bound: str, bounded: LengthControl, values: l
     filtered = batch.filter([0, 1], torch.tensor([0, 1]))
     assert filtered is not None
     assert not getattr(filtered.guided_rows(torch.zeros(2), torch.ones(2), torch.arange(2), closing), f"has_{bound}")
+
+
+def test_a_greedy_row_has_the_candidates_that_it_asked_for() -> None:
+    control = LengthControl("equal", target=7)
+    batch = ControlBatch.build([control] * 4, [1] * 4, [1, 1, 9, 1], "cpu", None, None, [5, None, 9, 1])
+    assert batch is not None
+    assert batch.max_candidates == [5, DEFAULT_CANDIDATES, 9, 1]
+    assert batch.has_limits
+    sampled = batch.filter([1, 2], torch.tensor([1, 2]))
+    assert sampled is not None
+    assert not sampled.has_limits, "SGLang's filter does it"
 
 
 def test_the_stops_of_a_row_are_its_ends_beside_the_eos_ids() -> None:

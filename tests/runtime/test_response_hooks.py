@@ -59,6 +59,25 @@ async def test_an_answer_without_values_shows_none_of_those_of_its_neighbours(mo
     assert events == [{"meta_info": {"id": "x"}}, [{"meta_info": {"id": "x"}}, {"meta_info": {"id": "x"}}]]
 
 
+@pytest.mark.parametrize(
+    ("params", "kept"),
+    [({"temperature": 0.0, "top_k": 5}, 5), ({"top_k": -1}, None), ({}, None), ({"temperature": 0.7, "top_k": 1}, 1)],
+)
+async def test_the_top_k_of_a_request_under_control_outlives_sglangs_greedy_decoding(
+    monkeypatch: pytest.MonkeyPatch, params: dict[str, Any], kept: int | None
+) -> None:
+    observe = hooked(monkeypatch, lambda: response_hooks.register(0.997, 2048, False))
+    for lenvm in ({"mode": "tilt", "beta": 1.0}, {"values": True}):
+        given = {"lenvm": lenvm, "lenvm_top_k": 99, "other": 1}
+        asked = request()
+        asked.sampling_params = {**params, "custom_params": given}
+        assert [event async for event in observe(generate, MANAGER, asked)]
+        if "mode" in lenvm:
+            expected = {} if kept is None else {"lenvm_top_k": kept}
+            assert asked.sampling_params["custom_params"] == {"lenvm": lenvm, "other": 1, **expected}
+        assert given == {"lenvm": lenvm, "lenvm_top_k": 99, "other": 1}, "the request's own"
+
+
 APART = "|lenvm:without-values"
 OFF, ON = ({"custom_params": {"lenvm": {"values": values}}} for values in (False, True))
 GUIDED = {"custom_params": build_custom_params(LengthControl("tilt", beta=1.0), values=False)}

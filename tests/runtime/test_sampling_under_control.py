@@ -76,7 +76,8 @@ def candidates_of(
     info.apply_logits_bias(logits)
     ignore_eos = [row.get("ignore_eos", False) for row in rows]
     stops = [row.get("stop_token_ids") for row in rows]
-    control = ControlBatch.build(controls, [4] * len(rows), info.top_ks.tolist(), "cpu", ignore_eos, stops)
+    top_ks, asked = info.top_ks.tolist(), [row.get("top_k") for row in rows]
+    control = ControlBatch.build(controls, [4] * len(rows), top_ks, "cpu", ignore_eos, stops, asked)
     assert control is not None
     generated = torch.full((len(rows),), len(output[0]))
     kept: list[Candidates] = []
@@ -135,6 +136,21 @@ def test_candidates_have_the_chances_of_penalized_and_biased_logits(controlled: 
         likeliest = wanted.index_fill(0, torch.tensor([EOS]), -torch.inf).topk(min(params.get("top_k", 8), 8)).indices
         assert set(likeliest.tolist()) <= set(ids.tolist()) or "min_p" in params
         assert 12 not in ids.tolist() or row != 3
+
+
+def test_greedy_rows_have_the_candidates_that_their_top_k_allows() -> None:
+    rows: list[dict[str, Any]] = [
+        {"temperature": 0.0, "top_k": 5},
+        {"temperature": 0.0},
+        {"temperature": 0.7, "top_k": 1},
+        {"temperature": 0.7, "top_k": 5},
+    ]
+    logits = torch.randn(len(rows), VOCABULARY, generator=torch.Generator().manual_seed(0))
+    control = LengthControl("at_least", target=90, strategy="hard")
+    candidates, _ = candidates_of(rows, [[11]] * len(rows), logits, [control] * len(rows))
+    chosen = [set(candidates.ids[row][candidates.logprobs[row] > -torch.inf].tolist()) for row in range(len(rows))]
+    for row, number in enumerate((5, DEFAULT_CANDIDATES, 1, 5)):
+        assert chosen[row] == set(logits[row].topk(number).indices.tolist())
 
 
 def test_an_eos_that_min_tokens_forbids_is_no_candidate() -> None:

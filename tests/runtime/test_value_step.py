@@ -10,9 +10,9 @@ from lenvm_kernels.candidate_limits import limit_candidates
 from lenvm_kernels.candidates import TOP_K_ALL, Candidates, select_candidates
 from lenvm_runtime.control_batch import ControlBatch
 from lenvm_runtime.input_values import QueryBatch
-from lenvm_runtime.length_control import LengthControl
+from lenvm_runtime.length_control import LengthControl, ValueQuery
 from lenvm_runtime.readers import Readers
-from lenvm_runtime.response import VALUE_KEY
+from lenvm_runtime.response import CANDIDATES_KEY, VALUE_KEY
 from lenvm_runtime.value_model.packing import StepRows, pack_step, read_candidates, split_requests
 from lenvm_runtime.value_model.step import ValueGuide, ValueStep, scored_candidates
 
@@ -222,6 +222,30 @@ def test_only_rows_that_need_the_lenvm_run_and_what_they_get_depends_on_no_other
     assert torch.equal(logits, expected_logits)
     assert values == [value if reads else 0.0 for value, reads in zip(expected, some.flags, strict=True)]
     assert num_rows == all_rows - num_others
+
+
+def test_a_query_costs_rows_of_its_own_candidates_alone() -> None:
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    def run(queries: QueryBatch) -> tuple[list[list[float]], int]:
+        runner, step = TokenRunner(), StepBatch(4, "cpu")
+        guide = ValueGuide(runner, [EOS], closing_tokens("cpu"), 1000)  # type: ignore[arg-type]
+        step.batch.forward_mode = ForwardMode.EXTEND
+        step.batch.extend_seq_lens = torch.ones(4, dtype=torch.int64)
+        ValueStep(guide, step.readers, None, queries, step.batch, torch.full((4,), -0.1)).steer(
+            step.logits_output, step.sampling, step.batch.seq_lens - 1
+        )
+        answers = step.logits_output.customized_info[CANDIDATES_KEY]
+        return [answers[row] for row in range(4)], sum(runner.num_rows)
+
+    short, long = ValueQuery((5, EOS, 7)), ValueQuery(tuple(range(10, 90)))
+    rows, num_rows = run(QueryBatch((None, short, long, ValueQuery())))
+    assert num_rows == 1 + 3 + 1 + 80
+    alone, _ = run(QueryBatch((None, short, None, None)))
+    assert rows[1][:3] == alone[1][:3]
+    assert alone[1][1] == 0.0
+    assert rows[2] == run(QueryBatch((None, None, long, None)))[0][2]
+    assert run(QueryBatch((None, long, long, None)))[1] == 2 * (1 + 80)
 
 
 def test_readers_follow_the_batch() -> None:

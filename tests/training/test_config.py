@@ -81,6 +81,7 @@ def test_shipped_sweeps_are_valid(path: Path) -> None:
             "prompts={out: a, eval_out: b, sources: [{path: ./b, count: 1, domain: d, columns: {text: t}}]}",
             "f.yaml: prompts: b would replace the file of a source",
         ),
+        ("rollouts={out: a.jsonl, eval_out: b}", "f.yaml: rollouts.eval_out: b has no suffix"),
         ("rollouts={out: a, eval_out: b/../a}", "f.yaml: rollouts.eval_out: must be another file than"),
         ("rollouts={out: a, eval_out: b, max_prompt_tokens: 0}", "f.yaml: rollouts.max_prompt_tokens: must be at"),
         ("prompts={out: a, eval_out: b, self_made: 2, templates: -1}", "f.yaml: prompts.templates: must be at least 0"),
@@ -141,7 +142,7 @@ def test_the_users_own_folder_is_expanded_everywhere(monkeypatch: pytest.MonkeyP
         "data={rollouts: [~/r, r], eval_rollouts: [~/e]}",
         "training={output_dir: ~/o, deepspeed: ~/d.json}",
         "prompts={out: ~/p, eval_out: ~/q, image_folder: ~/i, self_made: 1}",
-        "rollouts={out: ~/r, eval_out: ~/e, extend: [~/x]}",
+        "rollouts={out: ~/r.jsonl, eval_out: ~/e.jsonl, extend: [~/x]}",
         "evaluation={out: ~/v, lenvm: ~/l, probe_model: ~/m}",
     ]
     experiment = build_experiment(apply_overrides(LEAST, keys), "f.yaml")
@@ -220,13 +221,18 @@ def test_the_references_keys_are_converted() -> None:
         "learning_rate": 2e-5,
         "bf16": True,
     }
-    assert problems == ["served model: not in that file; set model.served_model"]
+    assert problems == [
+        "cutoff_len: completions of more than 2048 tokens are left out, not cut",
+        "served model: not in that file; set model.served_model",
+    ]
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("lenvm_agg_method", "seq-mean"),
+        ("flash_attn", "fa3"),
+        ("freeze_language_model", True),
         ("finetuning_type", "freeze"),
         ("lenvm_loss_type", "bce"),
         ("lenvm_huber_loss_delta", 0.1),
@@ -251,9 +257,28 @@ def test_the_references_loss_of_other_targets_is_named(space: str, given: dict[s
     assert problems[0].startswith(f"lenvm_loss_type: 'huber' cannot be honoured with lenvm_target_type {space} (")
 
 
-def test_a_reference_without_cutoff_len_means_the_references_default() -> None:
-    content, _ = convert_reference({key: value for key, value in REFERENCE.items() if key != "cutoff_len"}, "r.yaml")
-    assert build_experiment(content, "r.yaml").data.max_tokens == 2048
+def test_a_reference_without_some_keys_means_the_references_defaults() -> None:
+    without = dict.fromkeys(("cutoff_len", "lenvm_gamma", "eval_dataset"))
+    experiment = build_experiment(convert_reference(REFERENCE | without, "r.yaml")[0], "r.yaml")
+    assert (experiment.data.max_tokens, experiment.target.gamma) == (2048, 0.999)
+    assert experiment.data.eval_rollouts == ()
+
+
+@pytest.mark.parametrize(
+    ("tower", "projector", "frozen", "named"),
+    [(True, True, True, False), (False, False, False, False), (True, False, True, True), (None, False, True, True)],
+)
+def test_a_reference_that_freezes_the_vision_tower(tower: Any, projector: bool, frozen: bool, named: bool) -> None:
+    given = {"freeze_vision_tower": tower, "freeze_multi_modal_projector": projector}
+    content, problems = convert_reference(REFERENCE | given, "r.yaml")
+    assert build_experiment(content, "r.yaml").model.freeze_vision == frozen
+    assert any(problem.startswith("freeze_multi_modal_projector: ") for problem in problems) == named
+
+
+@pytest.mark.parametrize(("given", "taken"), [("fa2", "flash_attention_2"), ("auto", "sdpa"), ("disabled", "eager")])
+def test_the_references_attention_is_converted(given: str, taken: str) -> None:
+    content, _ = convert_reference(REFERENCE | {"flash_attn": given}, "r.yaml")
+    assert build_experiment(content, "r.yaml").model.attn_implementation == taken
 
 
 def test_another_stage_is_refused() -> None:
@@ -282,7 +307,7 @@ def test_a_reference_without_its_lora_keys_means_the_references_defaults(
     content, problems = convert_reference(plain | given, "r.yaml")
     model = build_experiment(content, "r.yaml").model
     assert (model.kind, model.lora.r, model.lora.alpha, model.lora.target_modules) == ("lora", rank, alpha, modules)
-    assert len(problems) == 1
+    assert [problem.partition(":")[0] for problem in problems] == ["cutoff_len", "served model"]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,6 +162,21 @@ def test_boundary_predictions_are_those_of_single_forwards(tmp_path: Path) -> No
             np.testing.assert_allclose(states[index], plain.numpy(), atol=1e-5)
             value = float(model.value_head(plain))
             assert predicted[index] == pytest.approx(length_from_value(value, 0.9), rel=1e-4)
+
+
+def test_figures_that_cannot_be_written_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_lenvm(ModelSettings(str(make_backbone(tmp_path / "b")), "served"), TargetConfig(gamma=0.9))
+    arguments = (make_rows(16, 1), make_rows(24, 2), RolloutCollator(0), 3, SPACE, tmp_path / "out")
+    monkeypatch.setattr(Path, "replace", refuse_json)
+    with pytest.raises(OSError, match="No space left"):
+        evaluate_prompts(model, model.language_model, *arguments)
+    assert not (tmp_path / "out" / "evaluation.json").exists(), "a sweep would take it for a complete run"
+
+
+def refuse_json(path: Path, target: Path) -> None:
+    if target.suffix == ".json":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.replace(path, target)
 
 
 def test_a_whole_evaluation_writes_its_figures(tmp_path: Path) -> None:

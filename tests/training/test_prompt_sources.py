@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,39 @@ def test_a_bad_source_is_refused(bad: dict[str, Any]) -> None:
         PromptSource(**{"count": 1, **bad})
     with pytest.raises(ValueError, match="either 'text' or 'conversation'"):
         ColumnMap()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("7 - 5", "7 + 5"), ("x < 3", "x > 3"), ("C++", "C#"), ("C", "C#"), ("कि", "का"), ("2 * 3", "2 / 3"), ("5%", "5")],
+)
+def test_what_differs_in_a_symbol_is_another_prompt(one: str, other: str) -> None:
+    assert prompt_key(user(one)) != prompt_key(user(other))
+
+
+def test_what_differs_in_case_space_and_punctuation_is_one_prompt() -> None:
+    assert (
+        len({prompt_key(user(text)) for text in ("What is it?", " what  is it", "What, is it!", "“What” is_it.")}) == 1
+    )
+
+
+def test_small_pictures_in_base64_are_told_from_paths(tmp_path: Path) -> None:
+    digests = set()
+    for index in range(300):
+        stream = io.BytesIO()
+        Image.frombytes("RGB", (12, 12), random.Random(index).randbytes(432)).save(stream, format="PNG")
+        digests.add(save_image(base64.b64encode(stream.getvalue()).decode(), tmp_path, "row"))
+    assert len(digests) == 300
+
+
+def test_a_conversation_may_have_its_text_in_parts(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "Hello, "}, {"type": "text", "text": "you"}]
+    path = write_jsonl(tmp_path / "parts.jsonl", [{"c": [{"role": "user", "content": parts}]}])
+    source = PromptSource(9, path=path, domain="d", columns=ColumnMap(conversation="c"))
+    assert texts(load_prompts(source, tmp_path, 0)) == {"Hello, you"}
+    path = write_jsonl(tmp_path / "image.jsonl", [{"c": [{"role": "user", "content": [{"type": "image"}]}]}])
+    with pytest.raises(PromptFileError, match=r"image\.jsonl: row 0: a turn's content is not text alone"):
+        load_prompts(replace(source, path=path), tmp_path, 0)
 
 
 @settings(deadline=None, max_examples=30)

@@ -54,9 +54,37 @@ def test_rows_of_others_are_tokenised_and_counted() -> None:
     assert reader.read(cut, "f:2")["output_token_ids"] == [9, 8]
 
 
+def test_the_references_rows_say_how_they_ended_and_were_sampled() -> None:
+    info = {"lenvm_idx": 3, "dataset_name": "deepmath", "split": "train", "model_name": "m"}
+    info |= {"temperature": 1.0, "top_p": 0.9, "top_k": None, "max_tokens": 7, "answer_token_length": 6}
+    public = {"conversations": [{"from": "human", "value": "w4"}, {"from": "gpt", "value": "w9 w8"}], "meta_info": info}
+    reader = GroupedReader(TOKENIZER)
+    row = reader.read(public, "f:1")
+    assert (row["finish_reason"], row["domain"], row["output_token_ids"]) == ("stop", "deepmath", [9, 8, 1])
+    assert row["sampling"] == {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 7}
+    cut = reader.read({**public, "meta_info": info | {"answer_token_length": 7}}, "f:2")
+    assert (cut["finish_reason"], cut["output_token_ids"]) == ("length", [9, 8])
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        (
+            {
+                "conversations": [{"from": "human", "value": "<image>w4"}, {"from": "gpt", "value": "w9"}],
+                "meta_info": {"lenvm_idx": 3, "finish_reason": "stop"},
+                "images": ["a.png"],
+            },
+            "f:3: field 'images': the model does not take any",
+        ),
+        (
+            {
+                "conversations": [{"from": "human", "value": "w4"}, {"from": "gpt", "value": "w9"}],
+                "meta_info": {"lenvm_idx": 3, "finish_reason": "stop"},
+                "images": "a.png",
+            },
+            "f:3: 'images' must be a list of paths",
+        ),
         ({"conversations": []}, "f:3: no field 'meta_info.lenvm_idx'"),
         ({"meta_info": 3}, "f:3: no field 'meta_info.lenvm_idx'"),
         ({"meta_info": {"lenvm_idx": 1}}, "must end with a turn from 'gpt'"),

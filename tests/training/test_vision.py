@@ -12,6 +12,7 @@ import torch
 import yaml
 from PIL import Image
 from transformers import (
+    AutoProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -23,7 +24,8 @@ from lenvm_training import commands
 from lenvm_training.lenvm_trainer import LenVMRun, train_lenvm
 from lenvm_training.model import LoraSettings, ModelSettings, build_lenvm, load_lenvm
 from lenvm_training.prompts import Prompt
-from lenvm_training.rollout_data import DataSettings, RolloutCollator, RolloutDataset, RolloutFileError
+from lenvm_training.rollout_data import DataSettings, RolloutCollator, RolloutDataset, RolloutFileError, load_rollouts
+from lenvm_training.rollout_files import ungroup
 from lenvm_training.rollouts import ImageChatEncoder
 from lenvm_training.targets import TargetConfig
 from local_engine import local_engine
@@ -155,6 +157,36 @@ def test_training_learns_what_only_the_pictures_tell(backbone: Path, tmp_path: P
     with torch.inference_mode():
         loaded, again = (load_lenvm(path)(**batch).predictions for path in (folder, tmp_path / "run" / "checkpoint-25"))
     assert torch.equal(loaded[labels != -100], again[labels != -100])
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_vision_tower_is_frozen_if_asked(backbone: Path, kind: str, frozen: bool) -> None:
+    lora = LoraSettings(target_modules="all-linear")
+    settings = ModelSettings(str(backbone), "served", kind=kind, lora=lora, freeze_vision=frozen)
+    trained = {name for name, part in build_lenvm(settings, TargetConfig()).named_parameters() if part.requires_grad}
+    assert any("visual" in name for name in trained) != frozen
+    assert any("language_model.layers" in name for name in trained)
+
+
+def test_freezing_no_vision_tower_is_refused(backbone: Path) -> None:
+    settings = ModelSettings(str(backbone), "served", kind="head", freeze_vision=False)
+    with pytest.raises(ValueError, match=r"model\.freeze_vision: does nothing for model\.kind head"):
+        build_lenvm(settings, TargetConfig())
+
+
+def test_public_rows_with_pictures_are_encoded_with_the_pictures(backbone: Path, tmp_path: Path) -> None:
+    path = make_image(tmp_path, True, (56, 56))
+    turns = [{"from": "human", "value": "<image>w4 w5"}, {"from": "gpt", "value": "w9"}]
+    public = {"conversations": turns, "meta_info": {"lenvm_idx": 0, "finish_reason": "stop"}, "images": [path]}
+    write_rows(tmp_path / "public.jsonl", [public])
+    ungroup(tmp_path / "public.jsonl", tmp_path / "rollouts.jsonl", str(backbone), assume_finished=False)
+    content = [{"type": "image"}, {"type": "text", "text": "w4 w5"}]
+    prompt = Prompt("0", "", [{"role": "user", "content": content}], [path])
+    expected = ImageChatEncoder(AutoProcessor.from_pretrained(backbone)).encode(prompt)
+    (row,) = load_rollouts([tmp_path / "rollouts.jsonl"])
+    assert IMAGE in expected
+    assert (list(row["prompt_token_ids"]), row["images"]) == (expected, [path])
 
 
 def test_a_prompt_with_an_image_is_encoded_as_training_reads_it(backbone: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from lenvm_training.targets import TargetConfig
 STRICT: dict[str, str] = {"extra": "forbid"}
 APIS = ("engine", "openai")
 BOUNDED_SPACE = "normalised_length"
-NOT_OF_HEADS = ("kind", "lora", "dtype", "save_dtype", "attn_implementation")
+NOT_OF_HEADS = ("kind", "lora", "dtype", "save_dtype", "attn_implementation", "freeze_vision")
 """Fields of `ModelSettings` that are of a training alone."""
 
 
@@ -100,6 +100,11 @@ class RolloutSettings:
             raise ValueError(f"rollouts.api: must be one of {', '.join(APIS)}, got {self.api!r}")
         _check_least("rollouts", self, samples=1, eval_samples=1, concurrency=1, max_prompt_tokens=1)
         _check_two_files("rollouts", self.out, self.eval_out)
+        for name, path in (("out", self.out), ("eval_out", self.eval_out)):
+            if not Path(path).suffix:
+                raise ValueError(
+                    f"rollouts.{name}: {path} has no suffix (.jsonl); without it, it is the report's folder"
+                )
         if not 0 < self.timeout_s < float("inf"):
             raise ValueError(f"rollouts.timeout_s: must be positive and finite, got {self.timeout_s}")
 

@@ -3,7 +3,8 @@
 ``{"conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}], "meta_info": {"lenvm_idx", ...}}``,
 rows of one prompt side by side. What the text cannot hold is written into ``meta_info`` too (token ids,
 finish reason, sampling), so that rows written here are read back exactly. Rows of others without token
-ids are tokenised anew, which is the best that can be had from text and is counted.
+ids are tokenised anew, which is the best that can be had from text and is counted. The reference's rows say in
+``meta_info`` how long an answer was (``answer_token_length``) and may have been (``max_tokens``): as long is cut.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from lenvm_training.prompt_sources import IMAGE_MARKER
 from lenvm_training.prompts import Prompt
 from lenvm_training.rollout_data import RolloutFileError
-from lenvm_training.rollouts import FINISHED, prompt_token_ids
+from lenvm_training.rollouts import FINISHED, TRUNCATED, ChatEncoder, PromptEncoder
 from lenvm_training.tokens import tokenizer_fingerprint
 
 FROM_ROLE = {"system": "system", "human": "user", "user": "user"}
 EXACT_FIELDS = ("prompt_digest", "prompt_token_ids", "output_token_ids", "tokenizer", "begun")
+PUBLIC_SAMPLING = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "max_tokens": "max_new_tokens"}
 KEPT_FIELDS = ("domain", "sample", "finish_reason", "sampling", *EXACT_FIELDS)
 
 
@@ -55,17 +58,21 @@ def _role(role: str) -> str:
 def _value(content: Any) -> str:
     if isinstance(content, str):
         return content
-    return "".join("<image>" if part["type"] == "image" else part["text"] for part in content)
+    return "".join(IMAGE_MARKER if part["type"] == "image" else part["text"] for part in content)
 
 
 class GroupedReader:
     """Rollout rows of public rows. ``num_retokenised`` counts those whose token ids had to be made from text.
 
     A row that does not say how it ended may have been cut off: it is refused, unless ``assume_finished``.
+    ``image_encoder`` is for prompts with images, by the processor of a model that takes some.
     """
 
-    def __init__(self, tokenizer: Any, assume_finished: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Any, assume_finished: bool = False, image_encoder: PromptEncoder | None = None
+    ) -> None:
         self._tokenizer = tokenizer
+        self._text_encoder, self._image_encoder = ChatEncoder(tokenizer), image_encoder
         self._fingerprint = tokenizer_fingerprint(tokenizer)
         self._assume_finished = assume_finished
         self._samples: dict[str, int] = {}
@@ -80,30 +87,42 @@ class GroupedReader:
             raise RolloutFileError(f"{where}: field 'meta_info.sample' must be a number")
         self._samples[prompt_id] = sample + 1
         finish_reason = self._finish_reason(info, where)
-        rollout = {"prompt_id": prompt_id, "domain": str(info.get("domain", "")), "sample": sample}
-        rollout["finish_reason"] = finish_reason
-        rollout |= self._token_ids(info, turns, finish_reason, where)
-        rollout["sampling"] = info.get("sampling", {})
-        return rollout | ({"images": row["images"]} if row.get("images") else {})
+        domain = str(info.get("domain", info.get("dataset_name", "")))
+        images = _images(row, where)
+        rollout = {"prompt_id": prompt_id, "domain": domain, "sample": sample, "finish_reason": finish_reason}
+        rollout |= self._token_ids(info, turns, images, finish_reason, where)
+        rollout["sampling"] = info["sampling"] if "sampling" in info else _public_sampling(info)
+        return rollout | ({"images": images} if images else {})
 
     def _finish_reason(self, info: dict[str, Any], where: str) -> str:
-        if "finish_reason" not in info and not self._assume_finished:
+        if "finish_reason" in info:
+            return str(info["finish_reason"])
+        length, limit = info.get("answer_token_length"), info.get("max_tokens")
+        if isinstance(length, int) and isinstance(limit, int):
+            return TRUNCATED if length >= limit else FINISHED
+        if not self._assume_finished:
             raise RolloutFileError(f"{where}: no 'meta_info.finish_reason': it may have been cut off")
-        return str(info.get("finish_reason", FINISHED))
+        return FINISHED
 
     def _token_ids(
-        self, info: dict[str, Any], turns: list[dict[str, Any]], finish_reason: str, where: str
+        self, info: dict[str, Any], turns: list[dict[str, Any]], images: list[str], finish_reason: str, where: str
     ) -> dict[str, Any]:
         if "output_token_ids" in info:
             return {name: info[name] for name in EXACT_FIELDS if name in info}
         self.num_retokenised += 1
         try:
-            messages = [{"role": FROM_ROLE[turn["from"]], "content": turn["value"]} for turn in turns[:-1]]
+            messages = [
+                {"role": FROM_ROLE[turn["from"]], "content": _parts(turn["value"]) if images else turn["value"]}
+                for turn in turns[:-1]
+            ]
         except KeyError as error:
             raise RolloutFileError(f"{where}: a turn from {error}, expected 'system' or 'human'") from None
+        encoder = self._image_encoder if images else self._text_encoder
+        if encoder is None:
+            raise RolloutFileError(f"{where}: field 'images': the model does not take any")
         try:
-            prompt = prompt_token_ids(self._tokenizer, Prompt(str(info["lenvm_idx"]), "", messages))
-        except ValueError as error:
+            prompt = encoder.encode(Prompt(str(info["lenvm_idx"]), "", messages, images))
+        except (ValueError, OSError) as error:
             raise RolloutFileError(f"{where}: {error}") from None
         output = list(self._tokenizer(turns[-1]["value"], add_special_tokens=False)["input_ids"])
         end = [self._tokenizer.eos_token_id] if finish_reason == FINISHED else []
@@ -112,6 +131,27 @@ class GroupedReader:
             "output_token_ids": output + end,
             "tokenizer": self._fingerprint,
         }
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    """A turn's content parts: a picture for each marker."""
+    first, *rest = text.split(IMAGE_MARKER)
+    parts = [{"type": "text", "text": first}] if first else []
+    for after in rest:
+        parts += [{"type": "image"}, {"type": "text", "text": after}]
+    return parts
+
+
+def _images(row: dict[str, Any], where: str) -> list[str]:
+    images = row.get("images") or []
+    if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
+        raise RolloutFileError(f"{where}: 'images' must be a list of paths")
+    return images
+
+
+def _public_sampling(info: dict[str, Any]) -> dict[str, Any]:
+    """How the reference says that it sampled, as far as it does, by the names of `endpoints.Sampling`."""
+    return {ours: info[theirs] for theirs, ours in PUBLIC_SAMPLING.items() if info.get(theirs) is not None}
 
 
 def _info(row: dict[str, Any], where: str) -> dict[str, Any]:

@@ -69,6 +69,8 @@ FIXED_ARGUMENTS = {
     "label_smoothing_factor": 0.0,  # these three are of language models
     "neftune_noise_alpha": None,
     "use_liger_kernel": False,
+    "average_tokens_across_devices": True,  # the loss is the mean over the tokens of all of them
+    "eval_do_concat_batches": True,
 }
 AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 SCALARS = {int, float, bool, type(None)}
@@ -81,6 +83,7 @@ STEP_ORDER = {
 }
 BATCH_LOSS = "loss"
 FIGURE_NAMES = (*FIGURES[:2], *(f"{name}_{position}" for name in FIGURES[2:] for position in POSITIONS))
+WHOLE_WEIGHTS = "FULL_STATE_DICT"
 GATHER_WEIGHTS = "stage3_gather_16bit_weights_on_model_save"
 LAST_FILE_OF_CHECKPOINT = "trainer_state.json"
 TORCH_FILES = ("*.pt", "*.pth", "*.bin")
@@ -189,6 +192,8 @@ def training_arguments(
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"{section}: {str(error).splitlines()[0]}") from None
     arguments: TrainingArguments = parsed
+    if arguments.fsdp and (arguments.fsdp_config or {}).get("state_dict_type", WHOLE_WEIGHTS) != WHOLE_WEIGHTS:
+        raise ValueError(f"{section}.fsdp_config: saves no whole weights without state_dict_type: {WHOLE_WEIGHTS}")
     if arguments.fsdp and arguments.use_cpu:  # accelerate would leave it out without a word
         raise ValueError(f"{section}.fsdp: needs an accelerator")
     _check_installed(arguments, section)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -45,6 +46,8 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, *DAMAGED)
 """What transformers and peft raise for a folder whose files are damaged, missing, or of another model."""
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 """Of a model on the hub: its tokenizer, processor and configurations, without weights."""
+VISION = r"(.*\.)?(visual|vision_tower|vision_model|multi_modal_projector)\..*"
+"""Names of what makes a vision-language model's picture tokens."""
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -67,7 +70,7 @@ class ModelSettings:
     ``backbone`` is a folder or hub name; one that holds a value head already is trained further. The result
     records ``base_name`` and ``served_name`` where they are given (for folders that others do not have).
     ``dtype`` is that of the weights during training, ``save_dtype`` that of the resulting backbone
-    or adapter.
+    or adapter. ``freeze_vision``: leave the vision tower and projector of a vision-language backbone as they are.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -81,6 +84,7 @@ class ModelSettings:
     dtype: str = "float32"
     save_dtype: str = "bfloat16"
     attn_implementation: str = "sdpa"
+    freeze_vision: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -128,7 +132,7 @@ class LenVM(nn.Module):
     @property
     def takes_images(self) -> bool:
         """Whether the backbone is a vision-language model."""
-        return self.config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        return _has_vision(self.config)
 
     @property
     def serving_obstacle(self) -> str:
@@ -229,13 +233,29 @@ def build_lenvm(settings: ModelSettings, target: TargetConfig, start: Tensor | N
     base_name = settings.base_name or settings.backbone
     config = LenVMConfig(settings.kind, base_name, settings.served_name or settings.served_model, target)
     language_model.requires_grad_(settings.kind == "full")
+    has_vision = _has_vision(language_model.config)
+    if not settings.freeze_vision and (settings.kind == "head" or not has_vision):
+        reason = f"for model.kind {settings.kind}" if has_vision else "for a backbone without vision"
+        raise ValueError(f"model.freeze_vision: does nothing {reason}")
+    keeps_vision = settings.freeze_vision and has_vision
+    if keeps_vision:
+        _freeze_vision(language_model)
     if settings.kind == "lora":
-        language_model = _add_lora(language_model, settings, base_name)
+        language_model = _add_lora(language_model, settings, base_name, VISION if keeps_vision else None)
     model = LenVM(language_model, value_head, config)
     if start is not None and not has_head:
         nn.init.constant_(value_head.summary.bias, model.space.raw_value(start).item())
     _freeze_output_layer(model.causal_model)
     return model
+
+
+def _freeze_vision(language_model: Any) -> None:
+    """Raises ValueError for a model whose vision part is not known."""
+    frozen = [parameter for name, parameter in language_model.named_parameters() if re.fullmatch(VISION, name)]
+    if not frozen:
+        raise ValueError("model.freeze_vision: the vision tower of this backbone is not known here; set it to false")
+    for parameter in frozen:
+        parameter.requires_grad_(False)
 
 
 def _check_target(folder: Path, model_type: str, target: TargetConfig) -> None:
@@ -353,8 +373,7 @@ def load_language_model(folder: Path, dtype: torch.dtype, attn_implementation: s
     """
     try:
         config = AutoConfig.from_pretrained(folder)
-        has_images = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-        loader = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
+        loader = AutoModelForImageTextToText if _has_vision(config) else AutoModelForCausalLM
         model, info = loader.from_pretrained(
             folder, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True
         )
@@ -401,7 +420,11 @@ def _published_config(folder: Path) -> LenVMConfig:
     return LenVMConfig("full", str(folder), "", TargetConfig(gamma=gamma))
 
 
-def _add_lora(language_model: Any, settings: ModelSettings, base_name: str) -> Any:
+def _has_vision(config: Any) -> bool:
+    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
+def _add_lora(language_model: Any, settings: ModelSettings, base_name: str, excluded: str | None) -> Any:
     from peft import LoraConfig, get_peft_model
 
     names = settings.lora.target_modules
@@ -410,6 +433,7 @@ def _add_lora(language_model: Any, settings: ModelSettings, base_name: str) -> A
         lora_alpha=settings.lora.alpha,
         lora_dropout=settings.lora.dropout,
         target_modules=names if isinstance(names, str) else list(names),
+        exclude_modules=excluded,
         task_type="CAUSAL_LM",
     )
     try:

@@ -30,6 +30,7 @@ from lenvm_training.features import capture_layers
 from lenvm_training.metrics import Floats, calibration_curve, rank_agreement, state_metrics
 from lenvm_training.model import LenVM
 from lenvm_training.rollout_data import RolloutCollator, RolloutDataset
+from lenvm_training.rollout_files import write_lines
 from lenvm_training.targets import IGNORED, TargetSpace
 
 MAX_BATCH_TOKENS = 8192
@@ -346,12 +347,14 @@ def _by_domain(
 
 
 def _write(evaluation: Evaluation, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    write_lines(folder / MARKDOWN_FILE, [_as_markdown(evaluation)])
+    write_lines(folder / "evaluation.json", [json.dumps(vars(evaluation), indent=2)])  # the last: a sweep looks for it
+
+
+def _as_markdown(evaluation: Evaluation) -> str:
     domains = {f"{domain}, {name}": row for domain, rows in evaluation.domains.items() for name, row in rows.items()}
     served = _table("domain", evaluation.served) if evaluation.served else "None: this LenVM cannot be served."
-    (folder / "evaluation.json").write_text(json.dumps(vars(evaluation), indent=2) + "\n")
-    (folder / MARKDOWN_FILE).write_text(
-        f"""# Evaluation
+    return f"""# Evaluation
 
 {evaluation.num_prompts} prompts, {evaluation.num_samples} finished samples of them; {evaluation.censored_share:.1%} of
 their samples were cut by the token limit and are left out.
@@ -374,9 +377,7 @@ their samples were cut by the token limit and are left out.
 
 ## All states
 
-{_table("figure", {name: {"value": value} for name, value in evaluation.states.items()})}
-"""
-    )
+{_table("figure", {name: {"value": value} for name, value in evaluation.states.items()})}"""
 
 
 def _table(first: str, rows: dict[str, dict[str, float]]) -> str:

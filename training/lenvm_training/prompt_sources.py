@@ -11,7 +11,7 @@ import errno
 import hashlib
 import io
 import random
-import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +23,8 @@ FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 ROLES = {"human": "user", "user": "user", "system": "system", "gpt": "assistant", "assistant": "assistant"}
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 IMAGE_MARKER = "<image>"
+OPERATORS = "-#*/%&"
+"""Punctuation, by Unicode's categories, that tells prompts apart."""
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,18 @@ def split_prompts(prompts: list[Prompt], eval_fraction: float, seed: int) -> tup
 
 
 def prompt_key(prompt: Prompt) -> str:
-    """Equal for prompts that differ in case, white space and punctuation at most, with the same images."""
-    words = re.sub(r"[\W_]+", " ", prompt.text.casefold()).strip() or prompt.text
+    """Equal for prompts that differ in case, white space and punctuation at most, with the same images.
+
+    Symbols count, and the punctuation that is an operator or part of a name (``-``, ``C#``).
+    """
+    words = " ".join("".join(map(_counted, prompt.text.casefold())).split()) or prompt.text
     return hashlib.sha256("\0".join([words, *(Path(image).name for image in prompt.images)]).encode()).hexdigest()
+
+
+def _counted(character: str) -> str:
+    """The character, or a space for one that `prompt_key` takes no notice of."""
+    counts = unicodedata.category(character)[0] in "LMNS" or character in OPERATORS
+    return character if counts else " "
 
 
 def load_rows(path: str, split: str, subset: str | None) -> Any:
@@ -205,6 +216,15 @@ def _text(value: Any, where: str) -> str:
     return str(value or "")
 
 
+def _content(value: Any, where: str) -> str:
+    """A turn's text: a string, or parts that each hold some."""
+    if not isinstance(value, list):
+        return _text(value, where)
+    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in value):
+        raise PromptFileError(f"{where}: a turn's content is not text alone: {str(value)[:80]}")
+    return "".join(part["text"] for part in value)
+
+
 def _before_first_answer(turns: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(turns, list) and turns is not None:
         raise PromptFileError(f"{where}: no conversation (a list of turns): {str(turns)[:80]}")
@@ -215,7 +235,7 @@ def _before_first_answer(turns: Any, where: str) -> list[dict[str, Any]]:
             raise PromptFileError(f"{where}: a turn of a conversation has no known role: {str(turn)[:80]}")
         if role == "assistant":
             break
-        messages.append({"role": role, "content": str(turn.get("content") or turn.get("value") or "")})
+        messages.append({"role": role, "content": _content(turn.get("content") or turn.get("value"), where)})
     return messages
 
 
@@ -255,6 +275,13 @@ def _image_bytes(value: Any) -> bytes:
         return value["bytes"] or Path(value["path"]).read_bytes()
     if isinstance(value, bytes):
         return value
-    if len(value) < 4096 and Path(value).is_file():
+    if _is_file(value):
         return Path(value).read_bytes()
     return base64.b64decode(value.rpartition(",")[2], validate=True)
+
+
+def _is_file(value: str) -> bool:
+    try:
+        return Path(value).is_file()
+    except OSError:  # too long for a path
+        return False

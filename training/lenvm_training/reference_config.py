@@ -1,7 +1,7 @@
 """Reads the YAML of the LenVM paper's own training code (``stage: lenvm`` of a LLaMA-Factory fork) into ours.
 
 Every key is either converted or named with the reason why it cannot be honoured; none is dropped in silence. What is
-absent is as LLaMA-Factory has it: 2048 tokens at most, LoRA of rank 8 on all linear layers, alpha twice the rank.
+absent is as there: gamma 0.999, 2048 tokens at most, LoRA of rank 8 on all linear layers, alpha twice the rank.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from lenvm_training.config import ConfigError
 Setter = tuple[str, Callable[[Any], Any]]
 REQUIRED = ("model_name_or_path", "dataset", "output_dir")
 RETURN_SPACE = "discounted_return"
+ATTENTION = {"auto": "sdpa", "sdpa": "sdpa", "fa2": "flash_attention_2", "disabled": "eager"}
 
 
 class _Refused(Exception):
@@ -46,7 +47,9 @@ def _one_of(*accepted: str) -> Callable[[Any], str]:
 
 
 def _attention(value: Any) -> str:
-    return "flash_attention_2" if value == "fa2" else "sdpa"
+    if value not in ATTENTION:
+        raise _Refused(f"only {', '.join(ATTENTION)}")
+    return ATTENTION[value]
 
 
 def _files(value: Any) -> list[str]:
@@ -107,6 +110,9 @@ CONVERTED: dict[str, Setter] = {
     "warmup_ratio": ("training.warmup_steps", _warmup),  # a number below 1 is a share there
     **{key: (f"training.{key}", _same) for key in TRAINING_KEYS},
     "save_only_model": ("", _only(False)),
+    "freeze_vision_tower": ("model.freeze_vision", _same),
+    "freeze_multi_modal_projector": ("", _same),
+    "freeze_language_model": ("", _only(False)),
 }
 
 
@@ -126,13 +132,15 @@ def convert_reference(content: dict[str, Any], where: str) -> tuple[dict[str, An
     problems = [problem for key in whole if (problem := _convert(key, whole, result))]
     result["model"].setdefault("served_model", "")
     problems += _loss_problems(whole)
+    problems.append(f"cutoff_len: completions of more than {whole['cutoff_len']} tokens are left out, not cut")
     problems.append("served model: not in that file; set model.served_model")
     return result, problems
 
 
 def _with_defaults(content: dict[str, Any]) -> dict[str, Any]:
-    """``content`` and what LLaMA-Factory takes for keys that are absent, without ``warmup_steps`` of 0."""
-    whole = {"cutoff_len": 2048, "finetuning_type": "lora", **content}
+    """``content`` and what the reference takes for keys that are absent or null, without ``warmup_steps`` of 0."""
+    given = {key: value for key, value in content.items() if value is not None}
+    whole = {"cutoff_len": 2048, "lenvm_gamma": 0.999, "finetuning_type": "lora", **given}
     if whole["finetuning_type"] == "lora":
         rank = content.get("lora_rank") or 8
         whole |= {"lora_rank": rank, "lora_target": content.get("lora_target") or "all"}
@@ -157,9 +165,11 @@ def _convert(key: str, content: dict[str, Any], result: dict[str, Any]) -> str:
 
 
 def _check_effective(key: str, content: dict[str, Any]) -> None:
-    """Raises _Refused for what LLaMA-Factory itself does not read."""
+    """Raises _Refused for what LLaMA-Factory itself does not read, or can do apart from another key."""
     if key.startswith("lora_") and content["finetuning_type"] != "lora":
         raise _Refused(f"does nothing with finetuning_type {content['finetuning_type']}")
+    if key == "freeze_multi_modal_projector" and content[key] != content.get("freeze_vision_tower", True):
+        raise _Refused("the projector is trained with the vision tower or not at all")
     if key == "warmup_ratio" and content.get("warmup_steps"):
         raise _Refused("does nothing beside warmup_steps")
 

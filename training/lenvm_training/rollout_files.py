@@ -19,6 +19,7 @@ from lenvm_training.prompts import parse_object, read_prompts
 from lenvm_training.reference_config import convert_reference
 from lenvm_training.rollout_data import DataSettings, load_rollouts, select_rollouts
 from lenvm_training.rollout_report import write_length_report
+from lenvm_training.rollouts import ImageChatEncoder
 
 
 def report(rollouts: Sequence[str], out: Path) -> None:
@@ -49,7 +50,8 @@ def group(rollouts: Path, prompts: Path, model: str, out: Path) -> None:
 def ungroup(grouped: Path, out: Path, model: str, assume_finished: bool) -> None:
     """Read the public grouped format; says how many rows had to be tokenised anew."""
     _check_kept(out, grouped)
-    reader = GroupedReader(load_tokenizer(resolve_folder(model, TOKENIZER_FILES)), assume_finished)
+    folder = resolve_folder(model, TOKENIZER_FILES)
+    reader = GroupedReader(load_tokenizer(folder), assume_finished, _image_encoder(folder))
     rows = []
     with grouped.open("rb") as stream:
         for number, line in enumerate(stream, 1):
@@ -58,6 +60,13 @@ def ungroup(grouped: Path, out: Path, model: str, assume_finished: bool) -> None
                 rows.append(reader.read(parse_object(line, where), where))
     write_lines(out, map(json.dumps, rows))
     say(f"{out}: {len(rows)} completions, {reader.num_retokenised} of them tokenised from text (not exact)")
+
+
+def _image_encoder(folder: Path) -> ImageChatEncoder | None:
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder)
+    return ImageChatEncoder(processor) if hasattr(processor, "image_processor") else None
 
 
 def convert_config(reference: Path, out: Path) -> None:
