@@ -321,7 +321,10 @@ def _check_neutral(server_args: Any, neutral: Mapping[str, Any], kind: str) -> N
 
 
 def value_server_args(target: Any, backbone: str, context_length: int) -> Any:
-    """A copy of the served model's resolved ServerArgs that describes the value model."""
+    """A copy of the served model's resolved ServerArgs that describes the value model.
+
+    Its weights are read from its own files, however the served model's are, unless those are ``dummy`` ones.
+    """
     resolved: dict[str, Any] = {}
     for _source, fields in get_context().overrides_log():
         resolved.update(fields)
@@ -330,6 +333,9 @@ def value_server_args(target: Any, backbone: str, context_length: int) -> Any:
         "model_path": backbone,
         "revision": None,
         "quantization": None,
+        "load_format": "dummy" if target.load_format == "dummy" else "auto",
+        "model_loader_extra_config": "{}",
+        "weight_cache_mode": "off",
         "kv_cache_dtype": "auto",
         "context_length": context_length,
         "enable_lora": False,
@@ -358,12 +364,24 @@ def value_model_config(server_args: Any) -> Any:
     )
 
 
-def count_embeddings(model: str, trust_remote_code: bool) -> int:
-    """How many tokens a model embeds, by its configuration."""
+def served_config(server_args: Any) -> Any:
+    """SGLang's ModelConfig of the served model."""
+    return server_args.get_model_config()
+
+
+def read_config(model: str, trust_remote_code: bool) -> Any:
+    """A model's Hugging Face configuration."""
     from sglang.srt.utils.hf_transformers_utils import get_config
 
-    number: int = get_config(model, trust_remote_code=trust_remote_code).vocab_size
-    return number
+    return get_config(model, trust_remote_code=trust_remote_code)
+
+
+def context_length(config: Any) -> int:
+    """How long a context SGLang lets a language model of this Hugging Face configuration have."""
+    from sglang.srt.utils.hf_transformers_utils import get_context_length
+
+    length: int = get_context_length(config)
+    return length
 
 
 def needs_lenvm(req: Any) -> bool:
@@ -375,22 +393,30 @@ def needs_lenvm(req: Any) -> bool:
     return not is_apart or length_control.needs_lenvm(req.sampling_params.custom_params)
 
 
-def load_vocabulary(model: str) -> dict[str, int]:
-    """Token -> id of a model's tokenizer. Raises CheckpointError when it has none."""
+def tokenizer_options(server_args: Any) -> dict[str, Any]:
+    """What SGLang's arguments say of how the served model's tokenizer is loaded."""
+    return {name: getattr(server_args, name) for name in ("trust_remote_code", "revision", "tokenizer_mode")}
+
+
+def load_vocabulary(model: str, **options: Any) -> dict[str, int]:
+    """Token -> id of a model's tokenizer (``options``: see `tokenizer_options`).
+
+    Raises CheckpointError when it has none.
+    """
     from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
     try:
-        vocabulary: dict[str, int] = get_tokenizer(model).get_vocab()
-    except (OSError, ValueError) as error:
+        vocabulary: dict[str, int] = get_tokenizer(model, **options).get_vocab()
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: SGLang's own, for one it does not know
         raise CheckpointError(f"{model}: no usable tokenizer ({str(error).splitlines()[0]})") from None
     return vocabulary
 
 
-def token_texts(model: str) -> list[str]:
-    """The text of every token of a model's tokenizer, by id."""
+def token_texts(model: str, **options: Any) -> list[str]:
+    """The text of every token of a model's tokenizer, by id (``options``: see `tokenizer_options`)."""
     from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 
-    tokenizer = get_tokenizer(model)
+    tokenizer = get_tokenizer(model, **options)
     texts: list[str] = tokenizer.batch_decode([[token_id] for token_id in range(len(tokenizer))])
     return texts
 

@@ -88,13 +88,15 @@ def _attach_head(scheduler: Any, folder: Path) -> None:
     compat.check_head_fits(head.config, runner.model_config, eos_token_ids)
     if head.config.feature_layers:
         compat.disable_prefill_graphs(runner.server_args)
+    server_args = runner.server_args
+    texts = compat.token_texts(server_args.tokenizer_path, **compat.tokenizer_options(server_args))
     head_runner = HeadRunner(
         head,
         [compat.decoder_layers(runner.model)[index] for index in head.config.feature_layers],
         compat.input_embeddings(runner.model),
         compat.gather_vocabulary,
         eos_token_ids,
-        closing_tokens(compat.token_texts(runner.server_args.tokenizer_path), head.config.vocab_size),
+        closing_tokens(texts, head.config.vocab_size),
     )
     setattr(runner.model.logits_processor, _RUNNER, head_runner)
     setattr(runner, _RUNNER, head_runner)

@@ -13,7 +13,13 @@ from lenvm_runtime.closing import closing_tokens
 from lenvm_runtime.engine_hooks import register_controls
 from lenvm_runtime.input_values import QueryBatch, write_input_values
 from lenvm_runtime.readers import Readers
-from lenvm_runtime.value_model.source import ValueModelSource, check_vocabulary
+from lenvm_runtime.value_model.source import (
+    ValueModelSource,
+    check_context_length,
+    check_family,
+    check_tensor_parallelism,
+    check_vocabulary,
+)
 
 
 class ValueModelHooks:
@@ -51,11 +57,7 @@ class ValueModelHooks:
     def _check_fits(self, server_args: Any) -> None:
         """End the launching process with one message where the LenVM does not fit the served model."""
         try:
-            compat.check_value_model_supported(server_args)
-            backbone = self._source.find_backbone(server_args.model_path, server_args.served_model_name)
-            served = compat.load_vocabulary(server_args.tokenizer_path)
-            num_embeddings = compat.count_embeddings(backbone, server_args.trust_remote_code)
-            check_vocabulary(compat.load_vocabulary(backbone), served, num_embeddings)
+            check_fits(self._source, server_args)
             if self._in_int8:
                 check_runs_in_int8(server_args)
         except CheckpointError as error:
@@ -68,8 +70,10 @@ class ValueModelHooks:
         target = compat.target_runner(scheduler)
         with compat.random_state_kept(target):  # the served model's tokens for a seed stay stock SGLang's
             runner = ValueModelRunner(self._source, target, self._in_int8)
-        closing = closing_tokens(compat.token_texts(target.server_args.tokenizer_path), target.model_config.vocab_size)
-        max_rows = max(target.server_args.chunked_prefill_size, MAX_ROWS)
+        server_args = target.server_args
+        texts = compat.token_texts(server_args.tokenizer_path, **compat.tokenizer_options(server_args))
+        closing = closing_tokens(texts, target.model_config.vocab_size)
+        max_rows = max(server_args.chunked_prefill_size, MAX_ROWS)
         self._guide = ValueGuide(runner, compat.eos_token_ids(scheduler), closing, self._max_length, max_rows)
 
     def _count_kv_bytes(self, cell_size: int, _configurator: Any, _kvc: Any, _num_layers: int) -> int:
@@ -103,6 +107,23 @@ class ValueModelHooks:
             return
         values: Tensor | None = getattr(forward_batch, "lenvm_values", None)
         forward_batch.sampling_info.lenvm_step = self._guide.begin_step(forward_batch, values)
+
+
+def check_fits(source: ValueModelSource, server_args: Any) -> None:
+    """Raise CheckpointError where the LenVM and the served model of these arguments do not fit; loads neither."""
+    compat.check_value_model_supported(server_args)
+    served = compat.served_config(server_args)
+    if served.is_multimodal:
+        raise CheckpointError(
+            f"{server_args.model_path} takes images, video or audio, which a separate LenVM cannot read"
+        )
+    backbone = source.find_backbone(server_args.model_path, server_args.served_model_name)
+    config = compat.read_config(backbone, server_args.trust_remote_code)
+    check_family(config.model_type)
+    check_context_length(served.context_len, compat.context_length(config))
+    check_tensor_parallelism(server_args.tp_size, config.num_attention_heads, config.num_key_value_heads)
+    vocabulary = compat.load_vocabulary(server_args.tokenizer_path, **compat.tokenizer_options(server_args))
+    check_vocabulary(compat.load_vocabulary(backbone), vocabulary, config.vocab_size)
 
 
 def check_runs_in_int8(server_args: Any) -> None:

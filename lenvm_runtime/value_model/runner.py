@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lenvm_kernels.checkpoint import load_value_head
 from lenvm_runtime import compat
+from lenvm_runtime.length_control import MAX_TOP_K
 from lenvm_runtime.value_model.attention import CandidateAttentionBackend
 from lenvm_runtime.value_model.models import ARCHITECTURES, find_architecture
 from lenvm_runtime.value_model.packing import StepRows
@@ -38,7 +39,8 @@ class ValueModelRunner(ModelRunner):
         with compat.published_server_args(server_args):
             config = compat.value_model_config(server_args)
             _prepare_config(config.hf_config, source)
-            served = compat.load_vocabulary(target.server_args.tokenizer_path)
+            options = compat.tokenizer_options(target.server_args)
+            served = compat.load_vocabulary(target.server_args.tokenizer_path, **options)
             check_vocabulary(compat.load_vocabulary(backbone), served, config.vocab_size)
             super().__init__(
                 model_config=config,
@@ -86,8 +88,9 @@ class ValueModelRunner(ModelRunner):
         """Capture the steps in CUDA graphs, where SGLang does so with the served model's decodes."""
         if not compat.captures_decodes(self):
             return
+        sizes = graph_sizes(self.max_running_requests, MAX_TOP_K)
         with torch.inference_mode(), compat.graph_capture() as capture:
-            self._step_graphs = StepGraphs(self._run_step, capture, graph_sizes(self.max_running_requests), self.device)
+            self._step_graphs = StepGraphs(self._run_step, capture, sizes, self.device)
 
     def extend(self, forward_batch: Any) -> Tensor:
         """Run the tokens of a prefill, whose keys and values are cached: their states [tokens, hidden_size]."""

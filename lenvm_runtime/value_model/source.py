@@ -13,6 +13,7 @@ from lenvm_kernels.checkpoint_files import (
     ADAPTER_CONFIG_FILE,
     BACKBONE_CONFIG_FILE,
     CONFIG_FILE,
+    SERVED_BACKBONES,
     CheckpointError,
     LenVMKind,
     find_kind,
@@ -100,6 +101,32 @@ def check_vocabulary(lenvm: Mapping[str, int], served: Mapping[str, int], num_em
     largest = max(served.values())
     if largest >= num_embeddings:
         raise CheckpointError(f"the LenVM embeds {num_embeddings} tokens, the served model has ids up to {largest}")
+
+
+def check_family(model_type: str) -> None:
+    """Raise CheckpointError for a backbone of a family that cannot be served."""
+    if model_type not in SERVED_BACKBONES:
+        supported = ", ".join(SERVED_BACKBONES)
+        raise CheckpointError(f"a LenVM on a {model_type} backbone is not supported; supported: {supported}")
+
+
+def check_context_length(served: int, lenvm: int) -> None:
+    """Raise CheckpointError where the served model's contexts may be longer than the LenVM's, both in tokens."""
+    if served > lenvm:
+        raise CheckpointError(
+            f"the served model's context is {served} tokens, the LenVM's {lenvm}; give --context-length {lenvm} or less"
+        )
+
+
+def check_tensor_parallelism(num_ranks: int, num_heads: int, num_kv_heads: int) -> None:
+    """Raise CheckpointError unless SGLang can share the LenVM's attention among so many ranks.
+
+    Each must have as many heads as the others, and as many KV heads, or one that as many others have too.
+    """
+    if num_heads % num_ranks:
+        raise CheckpointError(f"--tp-size {num_ranks}: cannot share the LenVM's {num_heads} attention heads")
+    if num_kv_heads % num_ranks and num_ranks % num_kv_heads:
+        raise CheckpointError(f"--tp-size {num_ranks}: cannot share the LenVM's {num_kv_heads} KV heads")
 
 
 def _read_gamma(folder: Path) -> float:

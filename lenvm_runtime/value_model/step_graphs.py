@@ -22,9 +22,14 @@ Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """Runs a function of static tensors and returns what runs it again, with the same static result."""
 
 
-def graph_sizes(max_reqs: int) -> list[tuple[int, int]]:
-    """(rows, requests) of the steps to capture, in the order in which a batch looks for one that holds it."""
-    counts = ((rows, rows // ratio) for rows in NUM_ROWS for ratio in ROWS_PER_REQUEST)
+def graph_sizes(max_reqs: int, max_candidates: int) -> list[tuple[int, int]]:
+    """(rows, requests) of the steps to capture, in the order in which a batch looks for one that holds it.
+
+    None is larger than a step of ``max_reqs`` requests of ``max_candidates`` candidates each.
+    """
+    max_rows = max_reqs * (1 + max_candidates)
+    num_rows = sorted({min(rows, max_rows) for rows in NUM_ROWS})
+    counts = ((rows, rows // ratio) for rows in num_rows for ratio in ROWS_PER_REQUEST)
     return sorted({(rows, min(reqs, max_reqs)) for rows, reqs in counts if reqs})
 
 

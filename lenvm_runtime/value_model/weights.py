@@ -16,7 +16,16 @@ from lenvm_kernels.checkpoint_files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, Ch
 EMBEDDINGS = "model.embed_tokens.weight"
 _LM_HEAD = "lm_head.weight"
 _PEFT_PREFIX = "base_model.model."
-_UNSUPPORTED = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}}
+_UNSUPPORTED = {
+    "use_dora": False,
+    "fan_in_fan_out": False,
+    "bias": "none",
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "alora_invocation_tokens": None,
+}
+_INITS_BESIDE_THE_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
+"""PEFT's ``init_lora_weights`` that leave the base's weights alone; others train beside what they make of them."""
 
 
 def backbone_weights(weights: Iterable[tuple[str, Tensor]], tied: bool) -> Iterator[tuple[str, Tensor]]:
@@ -49,6 +58,13 @@ class LoraAdapter:
         for key, neutral in _UNSUPPORTED.items():
             if config.get(key, neutral) not in (neutral, None):
                 raise CheckpointError(f"{folder / ADAPTER_CONFIG_FILE}: {key} = {config[key]} is not supported")
+        initial = config.get("init_lora_weights")
+        if str(initial).lower() not in _INITS_BESIDE_THE_BASE:
+            raise CheckpointError(
+                f"{folder / ADAPTER_CONFIG_FILE}: init_lora_weights = {initial} is not supported: such an adapter "
+                "belongs to a base with other weights than it names (PEFT can save it as plain LoRA: "
+                "path_initial_model_for_weight_conversion)"
+            )
         rank = config["r"]
         self._scaling: float = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
         self._matrices = self._read_matrices(folder / ADAPTER_FILE)

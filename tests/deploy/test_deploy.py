@@ -29,6 +29,17 @@ DEPLOY = ROOT / "deploy"
 DASHBOARDS = sorted((DEPLOY / "grafana/dashboards").glob("*.json"))
 PRESETS = sorted((DEPLOY / "models").glob("*.env"))
 OVERLAYS = [DEPLOY / "kubernetes/base", DEPLOY / "kubernetes/gpu"]
+POSITIONS = {
+    "Qwen/Qwen2.5-3B-Instruct": 32768,
+    "Qwen/Qwen2.5-7B-Instruct": 32768,
+    "Qwen/Qwen3-30B-A3B-Instruct-2507": 262144,
+    "namezz/lvm-a-qwen2.5-7b-instruct-b-qwen2.5-0.5b-instruct": 32768,
+    "namezz/lvm-a-qwen2.5-7b-instruct-b-qwen2.5-1.5b-instruct": 32768,
+    "runs/qwen2.5-3b--qwen2.5-0.5b": 32768,
+    "runs/qwen3-30b-a3b--qwen3-1.7b-base": 32768,
+}
+"""``max_position_embeddings`` of the presets' models and of their separate LenVMs' backbones."""
+
 PORT = GatewayConfig().port
 USER_ID = 10001
 _NO_METRICS = {"sum", "min", "or", "vector", "rate", "histogram_quantile"}
@@ -267,6 +278,18 @@ def test_presets_name_a_lenvm_that_is_shipped_published_or_trained_here(path: Pa
     else:
         assert source._HUB_NAME.fullmatch(values["LENVM"])
         assert values["MODEL"].split("/")[1].lower() in values["LENVM"]
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_presets_serve_contexts_that_their_separate_lenvm_has_positions_for(
+    path: Path, engine_parser: argparse.ArgumentParser
+) -> None:
+    values = split_arguments(preset(path))
+    if not values["LENVM"] or (ROOT / values["LENVM"]).is_dir():  # a head, which reads the served model's states
+        return
+    parsed = engine_parser.parse_args(["--model-path", values["MODEL"], *values["SGLANG_ARGS"]])
+    served = parsed.context_length or POSITIONS[values["MODEL"]]
+    assert served <= min(POSITIONS[values["MODEL"]], POSITIONS[values["LENVM"]])
 
 
 def trained_folders(model: str) -> set[str]:

@@ -54,6 +54,14 @@ def test_an_option_that_does_not_work_with_it_stops_the_start(model: Path, tmp_p
     assert "--disaggregation-mode prefill: does not work with a separate LenVM" in only_message(output)
 
 
+def test_a_context_longer_than_the_lenvms_stops_the_start(tmp_path: Path) -> None:
+    save_model(tmp_path / "served", "llama", context=256)
+    save_lenvm(tmp_path / "lenvm", "llama")
+    status, output = start_engine(tmp_path / "served", tmp_path / "lenvm")
+    assert status == 1
+    assert "give --context-length 128 or less" in only_message(output)
+
+
 def test_log_probabilities_from_before_the_temperature_stop_the_start(model: Path, tmp_path: Path) -> None:
     save_lenvm(tmp_path, "llama")
     status, output = start_engine(model, tmp_path, SGLANG_RETURN_ORIGINAL_LOGPROB="1")

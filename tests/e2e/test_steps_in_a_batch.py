@@ -57,7 +57,7 @@ MAX_TOTAL_TOKENS = 1600
 GPU_ARGUMENTS = {"attention_backend": "triton", "sampling_backend": "pytorch", "mem_fraction_static": "0.2"}
 """FlashAttention has no fp32. ``TRITON_F32_DEFAULT=ieee`` in the environment keeps Triton's products from tf32."""
 FP32_NORM = Path(__file__).parents[1] / "fp32_norm"
-MAX_RUNNING = 24
+MAX_RUNNING = 28
 CONTROLS: tuple[dict[str, Any], ...] = (
     {"mode": "equal", "target": 30},
     {"mode": "equal", "target": 30, "strategy": "hard"},
@@ -418,6 +418,19 @@ async def test_a_row_in_a_mixed_batch_samples_from_the_distribution_it_has_alone
     assert "lenvm_value" not in beside[1]["meta_info"]
 
 
+async def test_greedy_rows_without_control_have_the_tokens_that_they_have_alone(
+    engine: Engine, http: httpx.AsyncClient
+) -> None:
+    greedy = {"temperature": 0.0, "max_new_tokens": 24, "ignore_eos": True}
+    plain = [(make_prompt(300 + i), (None, WITHOUT_VALUES)[i % 2]) for i in range(6)]
+    alone = [(await engine.generate(http, prompt, lenvm, **greedy))["output_ids"] for prompt, lenvm in plain]
+    before = len(engine.batch_sizes())
+    guided = (engine.generate(http, make_prompt(400 + i), row, max_new_tokens=24) for i, row in enumerate(CONTROLS))
+    beside = await asyncio.gather(*(engine.generate(http, *request, **greedy) for request in plain), *guided)
+    assert max(engine.batch_sizes()[before:]) > len(plain)
+    assert [answer["output_ids"] for answer in beside[: len(plain)]] == alone
+
+
 async def test_a_prompt_read_without_values_is_read_again_for_them(engine: Engine, http: httpx.AsyncClient) -> None:
     """Its cached tokens have no keys of the LenVM. Each kind of request finds what its own kind has cached."""
     prompt = make_prompt(50, 100)
@@ -425,7 +438,7 @@ async def test_a_prompt_read_without_values_is_read_again_for_them(engine: Engin
     found = []
     for lenvm in kinds:
         answer = await engine.generate(http, prompt, lenvm, temperature=0.0)
-        found.append(answer["meta_info"]["cached_tokens"] > 0)
+        found.append(answer["meta_info"]["cached_tokens"] > len(prompt) // 2)  # not a first token by chance
         if lenvm is WITHOUT_VALUES:
             assert "lenvm_value" not in answer["meta_info"]
             engine.check_steps(prompt, answer, None, {"temperature": 0.0}, every=4)

@@ -18,6 +18,7 @@ from lenvm_kernels.checkpoint_files import CheckpointError
 torchvision_schema.declare_if_missing()
 
 from lenvm_runtime import compat  # noqa: E402
+from lenvm_runtime.length_control import MAX_TOP_K  # noqa: E402
 from lenvm_runtime.value_model.step_graphs import NUM_ROWS, StepGraphs, graph_sizes  # noqa: E402
 from tiny_lenvm import offline_values, rename_weight, save_adapter, save_lenvm  # noqa: E402
 
@@ -158,13 +159,39 @@ def test_a_captured_step_gives_the_values_of_the_step(
 
 
 def test_every_batch_finds_a_graph_with_few_idle_rows() -> None:
-    sizes = graph_sizes(300)
+    sizes = graph_sizes(300, MAX_TOP_K)
     assert max(reqs for _, reqs in sizes) == 300
     for num_rows in range(1, NUM_ROWS[-1] + 1):
         for num_reqs in {min(num_rows, 300), min(-(-num_rows // 6), 300), -(-num_rows // 33)}:
             rows, _ = next(size for size in sizes if size[0] >= num_rows and size[1] >= num_reqs)
             assert rows <= max(2 * num_rows, num_rows + 8)
             assert rows <= 1.26 * num_rows or num_rows < 128
+
+
+@pytest.mark.parametrize("max_reqs", [1, 2, 7, 15, 48])
+@pytest.mark.parametrize("max_candidates", [0, 3, MAX_TOP_K])
+def test_graphs_reach_as_far_as_the_steps(max_reqs: int, max_candidates: int) -> None:
+    sizes = graph_sizes(max_reqs, max_candidates)
+    largest = min(max_reqs * (1 + max_candidates), NUM_ROWS[-1])
+    assert max(sizes) == (largest, min(max_reqs, largest))
+    assert len(sizes) == len(set(sizes))
+    for num_reqs in range(1, max_reqs + 1):
+        for num_rows in range(num_reqs, min(num_reqs * (1 + max_candidates), largest) + 1):
+            assert any(rows >= num_rows and reqs >= num_reqs for rows, reqs in sizes)
+
+
+def test_the_graphs_are_those_of_the_engines_requests(
+    served_runner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lenvm_runtime.value_model import runner as module
+
+    save_lenvm(tmp_path, "llama")
+    runner = load(tmp_path, served_runner)
+    monkeypatch.setattr(compat, "captures_decodes", lambda _: True)
+    monkeypatch.setattr(compat, "graph_capture", nullcontext)
+    monkeypatch.setattr(module, "StepGraphs", lambda _step, _capture, sizes, _device: sizes)
+    runner.capture_steps()
+    assert runner._step_graphs == graph_sizes(served_runner.max_running_requests, MAX_TOP_K)
 
 
 def test_candidates_leave_nothing_behind(served_runner: Any, tmp_path: Path) -> None:

@@ -14,7 +14,13 @@ from torch import Tensor
 from lenvm_kernels.checkpoint import load_value_head
 from lenvm_kernels.checkpoint_files import ADAPTER_CONFIG_FILE, CONFIG_FILE, CheckpointError, LenVMKind, find_kind
 from lenvm_runtime.serve import SHIPPED_HEAD
-from lenvm_runtime.value_model.source import check_vocabulary, find_folder, read_source
+from lenvm_runtime.value_model.source import (
+    check_context_length,
+    check_tensor_parallelism,
+    check_vocabulary,
+    find_folder,
+    read_source,
+)
 from lenvm_runtime.value_model.weights import EMBEDDINGS, LoraAdapter, backbone_weights
 from tiny_lenvm import save_adapter, save_lenvm, save_model
 
@@ -114,6 +120,26 @@ def test_vocabularies() -> None:
         check_vocabulary(served, served, 1)
 
 
+def test_context_lengths() -> None:
+    check_context_length(served=128, lenvm=128)
+    with pytest.raises(CheckpointError, match=r"is 129 tokens, the LenVM's 128; give --context-length 128 or less$"):
+        check_context_length(served=129, lenvm=128)
+
+
+@pytest.mark.parametrize(("ranks", "heads", "kv_heads"), [(1, 9, 3), (2, 4, 2), (4, 16, 8), (8, 16, 2), (3, 9, 3)])
+def test_ranks_that_share_the_heads(ranks: int, heads: int, kv_heads: int) -> None:
+    check_tensor_parallelism(ranks, heads, kv_heads)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "heads", "kv_heads", "named"),
+    [(2, 9, 3, "9 attention heads"), (4, 14, 2, "14 attention heads"), (4, 12, 6, "6 KV"), (6, 12, 4, "4 KV")],
+)
+def test_ranks_that_do_not_share_the_heads_are_refused(ranks: int, heads: int, kv_heads: int, named: str) -> None:
+    with pytest.raises(CheckpointError, match=f"--tp-size {ranks}: .*{named}"):
+        check_tensor_parallelism(ranks, heads, kv_heads)
+
+
 def test_tied_embeddings_may_be_stored_under_either_name() -> None:
     embeddings, norm = torch.ones(2), torch.zeros(2)
 
@@ -130,7 +156,14 @@ def test_tied_embeddings_may_be_stored_under_either_name() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("use_dora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 2}), ("fan_in_fan_out", True)],
+    [
+        ("use_dora", True),
+        ("bias", "all"),
+        ("rank_pattern", {"q_proj": 2}),
+        ("fan_in_fan_out", True),
+        ("alora_invocation_tokens", [5, 6]),
+        *(("init_lora_weights", name) for name in ("pissa", "pissa_niter_16", "olora", "CorDA", "loftq", "lora_ga")),
+    ],
 )
 def test_an_adapter_of_another_form_is_refused(tmp_path: Path, field: str, value: object) -> None:
     save_model(tmp_path / "model", "llama")
@@ -139,6 +172,15 @@ def test_an_adapter_of_another_form_is_refused(tmp_path: Path, field: str, value
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
     with pytest.raises(CheckpointError, match=field):
         LoraAdapter(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("initial", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "mica"])
+def test_an_adapter_whose_initial_weights_leave_the_base_alone_is_read(tmp_path: Path, initial: object) -> None:
+    save_model(tmp_path / "model", "llama")
+    save_adapter(tmp_path / "adapter", tmp_path / "model")
+    path = tmp_path / "adapter" / ADAPTER_CONFIG_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "init_lora_weights": initial}))
+    LoraAdapter(tmp_path / "adapter")
 
 
 def test_an_adapter_for_other_layers_is_refused(tmp_path: Path) -> None:
