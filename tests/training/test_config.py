@@ -232,6 +232,7 @@ def test_the_references_keys_are_converted() -> None:
     [
         ("lenvm_agg_method", "seq-mean"),
         ("flash_attn", "fa3"),
+        ("flash_attn", ["fa2"]),
         ("freeze_language_model", True),
         ("finetuning_type", "freeze"),
         ("lenvm_loss_type", "bce"),

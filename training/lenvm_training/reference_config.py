@@ -47,7 +47,7 @@ def _one_of(*accepted: str) -> Callable[[Any], str]:
 
 
 def _attention(value: Any) -> str:
-    if value not in ATTENTION:
+    if not isinstance(value, str) or value not in ATTENTION:
         raise _Refused(f"only {', '.join(ATTENTION)}")
     return ATTENTION[value]
 
