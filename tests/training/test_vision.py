@@ -13,6 +13,8 @@ import yaml
 from PIL import Image
 from transformers import (
     AutoProcessor,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -132,6 +134,14 @@ def test_values_are_those_of_the_model_with_the_processors_inputs(backbone: Path
             )
 
 
+def make_idefics3() -> Any:
+    text = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "pad_token_id": 0}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Idefics3Config(text_config=text, vision_config=vision, pad_token_id=0, image_token_id=63)
+    return Idefics3ForConditionalGeneration(config)
+
+
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_training_learns_what_only_the_pictures_tell(backbone: Path, tmp_path: Path, kind: str) -> None:
     files = [str(write_rows(tmp_path / f"{seed}.jsonl", image_rows(tmp_path, seed))) for seed in (0, 1)]
@@ -167,6 +177,23 @@ def test_the_vision_tower_is_frozen_if_asked(backbone: Path, kind: str, frozen: 
     trained = {name for name, part in build_lenvm(settings, TargetConfig()).named_parameters() if part.requires_grad}
     assert any("visual" in name for name in trained) != frozen
     assert any("language_model.layers" in name for name in trained)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "head"])
+def test_whatever_lies_between_the_pictures_and_the_text_is_frozen(tmp_path: Path, kind: str) -> None:
+    """A connector, here of Idefics3: no family's names are known to the code."""
+    make_idefics3().save_pretrained(tmp_path)
+    settings = ModelSettings(str(tmp_path), "served", kind=kind, lora=LoraSettings(target_modules="all-linear"))
+    trained = {name for name, part in build_lenvm(settings, TargetConfig()).named_parameters() if part.requires_grad}
+    assert not any("vision_model" in name or "connector" in name for name in trained)
+    assert any("text_model.layers" in name for name in trained) == (kind != "head")
+
+
+def test_a_head_needs_no_known_vision_tower(backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Qwen2_5_VLForConditionalGeneration, "get_decoder", lambda self: self)
+    build_lenvm(ModelSettings(str(backbone), "served", kind="head"), TargetConfig())
+    with pytest.raises(ValueError, match=r"model\.freeze_vision: the vision tower of this backbone is not known"):
+        build_lenvm(ModelSettings(str(backbone), "served", kind="full"), TargetConfig())
 
 
 def test_freezing_no_vision_tower_is_refused(backbone: Path) -> None:

@@ -46,8 +46,6 @@ UNREADABLE = (OSError, ValueError, KeyError, TypeError, *DAMAGED)
 """What transformers and peft raise for a folder whose files are damaged, missing, or of another model."""
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 """Of a model on the hub: its tokenizer, processor and configurations, without weights."""
-VISION = r"(.*\.)?(visual|vision_tower|vision_model|multi_modal_projector)\..*"
-"""Names of what makes a vision-language model's picture tokens."""
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -237,11 +235,11 @@ def build_lenvm(settings: ModelSettings, target: TargetConfig, start: Tensor | N
     if not settings.freeze_vision and (settings.kind == "head" or not has_vision):
         reason = f"for model.kind {settings.kind}" if has_vision else "for a backbone without vision"
         raise ValueError(f"model.freeze_vision: does nothing {reason}")
-    keeps_vision = settings.freeze_vision and has_vision
-    if keeps_vision:
-        _freeze_vision(language_model)
+    excluded = None
+    if has_vision and settings.freeze_vision and settings.kind != "head":
+        excluded = _freeze_vision(language_model)
     if settings.kind == "lora":
-        language_model = _add_lora(language_model, settings, base_name, VISION if keeps_vision else None)
+        language_model = _add_lora(language_model, settings, base_name, excluded)
     model = LenVM(language_model, value_head, config)
     if start is not None and not has_head:
         nn.init.constant_(value_head.summary.bias, model.space.raw_value(start).item())
@@ -249,13 +247,20 @@ def build_lenvm(settings: ModelSettings, target: TargetConfig, start: Tensor | N
     return model
 
 
-def _freeze_vision(language_model: Any) -> None:
-    """Raises ValueError for a model whose vision part is not known."""
-    frozen = [parameter for name, parameter in language_model.named_parameters() if re.fullmatch(VISION, name)]
-    if not frozen:
+def _freeze_vision(language_model: Any) -> str:
+    """Freeze what is outside the text decoder and its output layer; a regular expression of those modules' names.
+
+    Raises ValueError for a model whose text decoder is not apart from the rest.
+    """
+    decoder = language_model.get_decoder()
+    names = [name for name, module in language_model.named_modules() if name and module is decoder]
+    text = set(decoder.parameters()) | set(language_model.get_output_embeddings().parameters())
+    frozen = [parameter for parameter in language_model.parameters() if parameter not in text]
+    if not names or not frozen:
         raise ValueError("model.freeze_vision: the vision tower of this backbone is not known here; set it to false")
     for parameter in frozen:
         parameter.requires_grad_(False)
+    return rf"(?!{re.escape(names[0])}(\.|$)).*"
 
 
 def _check_target(folder: Path, model_type: str, target: TargetConfig) -> None:
