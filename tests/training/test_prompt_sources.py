@@ -234,7 +234,18 @@ def test_a_bad_source_is_refused(bad: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("7 - 5", "7 + 5"), ("x < 3", "x > 3"), ("C++", "C#"), ("C", "C#"), ("कि", "का"), ("2 * 3", "2 / 3"), ("5%", "5")],
+    [
+        ("7 - 5", "7 + 5"),
+        ("x < 3", "x > 3"),
+        ("C++", "C#"),
+        ("C", "C#"),
+        ("कि", "का"),
+        ("2 * 3", "2 / 3"),
+        ("5%", "5"),
+        ("(2 + 3) * 4", "2 + 3 * 4"),
+        ("What is 5!", "What is 5?"),
+        ("What is (2+3)!?", "What is (2+3)?"),
+    ],
 )
 def test_what_differs_in_a_symbol_is_another_prompt(one: str, other: str) -> None:
     assert prompt_key(user(one)) != prompt_key(user(other))
@@ -244,6 +255,14 @@ def test_what_differs_in_case_space_and_punctuation_is_one_prompt() -> None:
     assert (
         len({prompt_key(user(text)) for text in ("What is it?", " what  is it", "What, is it!", "“What” is_it.")}) == 1
     )
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("What is 1+1?", "What is 1 + 1?"), ("x=2", "x = 2"), ("2^3", "2 ^ 3"), ("well-known", "well\u2011known")],
+)
+def test_white_space_around_symbols_and_the_kind_of_dash_do_not_count(one: str, other: str) -> None:
+    assert prompt_key(user(one)) == prompt_key(user(other))
 
 
 def test_small_pictures_in_base64_are_told_from_paths(tmp_path: Path) -> None:

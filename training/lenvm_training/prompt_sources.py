@@ -11,6 +11,7 @@ import errno
 import hashlib
 import io
 import random
+import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 ROLES = {"human": "user", "user": "user", "system": "system", "gpt": "assistant", "assistant": "assistant"}
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 IMAGE_MARKER = "<image>"
-OPERATORS = "-#*/%&"
+OPERATORS = "-#*/%&\\()[]{}"
 """Punctuation, by Unicode's categories, that tells prompts apart."""
 
 
@@ -138,16 +139,23 @@ def split_prompts(prompts: list[Prompt], eval_fraction: float, seed: int) -> tup
 def prompt_key(prompt: Prompt) -> str:
     """Equal for prompts that differ in case, white space and punctuation at most, with the same images.
 
-    Symbols count, and the punctuation that is an operator or part of a name (``-``, ``C#``).
+    Symbols count, and the punctuation that is an operator or part of a name (``-``, ``C#``, ``5!``); not the white
+    space around them.
     """
-    words = " ".join("".join(map(_counted, prompt.text.casefold())).split()) or prompt.text
+    text = unicodedata.normalize("NFKC", prompt.text).casefold()
+    words = " ".join("".join(_counted(text, at) for at in range(len(text))).split())
+    words = re.sub(r" ?([^\w ]) ?", r"\1", words) or prompt.text
     return hashlib.sha256("\0".join([words, *(Path(image).name for image in prompt.images)]).encode()).hexdigest()
 
 
-def _counted(character: str) -> str:
-    """The character, or a space for one that `prompt_key` takes no notice of."""
-    counts = unicodedata.category(character)[0] in "LMNS" or character in OPERATORS
-    return character if counts else " "
+def _counted(text: str, at: int) -> str:
+    """What `prompt_key` makes of a character: a space of one that it takes no notice of, a hyphen of every dash."""
+    character = text[at]
+    category = unicodedata.category(character)
+    if category == "Pd":
+        return "-"
+    is_factorial = character == "!" and at > 0 and (text[at - 1].isdigit() or text[at - 1] == ")")
+    return character if category[0] in "LMNS" or character in OPERATORS or is_factorial else " "
 
 
 def load_rows(path: str, split: str, subset: str | None) -> Any:
