@@ -269,6 +269,12 @@ def explain_grammar_abort(req: Any) -> None:
     req.to_finish = FINISH_ABORT(message, HTTPStatus.BAD_REQUEST, "BadRequestError")
 
 
+def preferred_sampling_params(manager: Any) -> dict[str, Any]:
+    """The sampling parameters of ``--preferred-sampling-params``, which requests that do not say otherwise get."""
+    preferred: dict[str, Any] | None = manager.server_args.preferred_sampling_params
+    return preferred or {}
+
+
 def vocab_size(manager: Any) -> int:
     """Size of the served model's vocabulary, as the tokenizer manager knows it."""
     size: int = manager.model_config.vocab_size
@@ -331,7 +337,7 @@ def value_server_args(target: Any, backbone: str, context_length: int) -> Any:
     server_args = deepcopy(target)
     own = {
         "model_path": backbone,
-        "revision": None,
+        "revision": target.revision if backbone == target.model_path else None,
         "quantization": None,
         "load_format": "dummy" if target.load_format == "dummy" else "auto",
         "model_loader_extra_config": "{}",
@@ -369,11 +375,12 @@ def served_config(server_args: Any) -> Any:
     return server_args.get_model_config()
 
 
-def read_config(model: str, trust_remote_code: bool) -> Any:
-    """A model's Hugging Face configuration."""
+def backbone_config(backbone: str, server_args: Any) -> Any:
+    """The Hugging Face configuration of a LenVM's backbone, which may be the served model itself."""
     from sglang.srt.utils.hf_transformers_utils import get_config
 
-    return get_config(model, trust_remote_code=trust_remote_code)
+    revision = backbone_options(backbone, server_args).get("revision")
+    return get_config(backbone, trust_remote_code=server_args.trust_remote_code, revision=revision)
 
 
 def context_length(config: Any) -> int:
@@ -396,6 +403,11 @@ def needs_lenvm(req: Any) -> bool:
 def tokenizer_options(server_args: Any) -> dict[str, Any]:
     """What SGLang's arguments say of how the served model's tokenizer is loaded."""
     return {name: getattr(server_args, name) for name in ("trust_remote_code", "revision", "tokenizer_mode")}
+
+
+def backbone_options(backbone: str, server_args: Any) -> dict[str, Any]:
+    """How a LenVM's tokenizer is loaded: one that is the served model itself as that is."""
+    return tokenizer_options(server_args) if backbone == server_args.model_path else {}
 
 
 def load_vocabulary(model: str, **options: Any) -> dict[str, int]:

@@ -66,6 +66,7 @@ def register(gamma: float, max_length: int, is_separate: bool) -> None:
         original: Callable[..., AsyncGenerator[Any, None]], manager: Any, obj: Any, *args: Any
     ) -> AsyncGenerator[Any, None]:
         params = getattr(obj, "sampling_params", None)
+        _fill_preferred(params, compat.preferred_sampling_params(manager))
         vocab_size = compat.vocab_size(manager)
         _check_stop_ids(params, vocab_size)
         _check_controls(params)
@@ -109,6 +110,13 @@ def _each(sampling_params: Any) -> list[dict[str, Any]]:
     """A request's sampling parameters, of which there may be a list."""
     each = sampling_params if isinstance(sampling_params, list) else [sampling_params]
     return [params for params in each if isinstance(params, dict)]
+
+
+def _fill_preferred(sampling_params: Any, preferred: dict[str, Any]) -> None:
+    """Take over what the engine prefers where a request says nothing, as SGLang does later: it has to be checked."""
+    for params in _each(sampling_params):
+        for name, value in preferred.items():
+            params.setdefault(name, value)
 
 
 def _check_controls(sampling_params: Any) -> None:

@@ -20,6 +20,7 @@ from lenvm_runtime.value_model.source import (
     check_tensor_parallelism,
     check_vocabulary,
 )
+from lenvm_runtime.value_model.weights import read_adapter_config
 
 
 class ValueModelHooks:
@@ -118,12 +119,15 @@ def check_fits(source: ValueModelSource, server_args: Any) -> None:
             f"{server_args.model_path} takes images, video or audio, which a separate LenVM cannot read"
         )
     backbone = source.find_backbone(server_args.model_path, server_args.served_model_name)
-    config = compat.read_config(backbone, server_args.trust_remote_code)
+    config = compat.backbone_config(backbone, server_args)
     check_family(config.model_type)
+    if source.adapter is not None:
+        read_adapter_config(source.adapter)
     check_context_length(served.context_len, compat.context_length(config))
     check_tensor_parallelism(server_args.tp_size, config.num_attention_heads, config.num_key_value_heads)
     vocabulary = compat.load_vocabulary(server_args.tokenizer_path, **compat.tokenizer_options(server_args))
-    check_vocabulary(compat.load_vocabulary(backbone), vocabulary, config.vocab_size)
+    own = compat.load_vocabulary(backbone, **compat.backbone_options(backbone, server_args))
+    check_vocabulary(own, vocabulary, config.vocab_size)
 
 
 def check_runs_in_int8(server_args: Any) -> None:

@@ -41,7 +41,8 @@ class ValueModelRunner(ModelRunner):
             _prepare_config(config.hf_config, source)
             options = compat.tokenizer_options(target.server_args)
             served = compat.load_vocabulary(target.server_args.tokenizer_path, **options)
-            check_vocabulary(compat.load_vocabulary(backbone), served, config.vocab_size)
+            own = compat.load_vocabulary(backbone, **compat.backbone_options(backbone, target.server_args))
+            check_vocabulary(own, served, config.vocab_size)
             super().__init__(
                 model_config=config,
                 mem_fraction_static=target.mem_fraction_static,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -54,17 +55,7 @@ class LoraAdapter:
     """
 
     def __init__(self, folder: Path) -> None:
-        config = json.loads((folder / ADAPTER_CONFIG_FILE).read_text())
-        for key, neutral in _UNSUPPORTED.items():
-            if config.get(key, neutral) not in (neutral, None):
-                raise CheckpointError(f"{folder / ADAPTER_CONFIG_FILE}: {key} = {config[key]} is not supported")
-        initial = config.get("init_lora_weights")
-        if str(initial).lower() not in _INITS_BESIDE_THE_BASE:
-            raise CheckpointError(
-                f"{folder / ADAPTER_CONFIG_FILE}: init_lora_weights = {initial} is not supported: such an adapter "
-                "belongs to a base with other weights than it names (PEFT can save it as plain LoRA: "
-                "path_initial_model_for_weight_conversion)"
-            )
+        config = read_adapter_config(folder)
         rank = config["r"]
         self._scaling: float = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
         self._matrices = self._read_matrices(folder / ADAPTER_FILE)
@@ -93,6 +84,22 @@ class LoraAdapter:
             _backbone_name(name.partition(".lora_A.")[0]): (state[name], state[name.replace(".lora_A.", ".lora_B.")])
             for name in names
         }
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """PEFT's configuration of the adapter in ``folder``. Raises CheckpointError for what `LoraAdapter` does not do."""
+    path = folder / ADAPTER_CONFIG_FILE
+    config: dict[str, Any] = json.loads(path.read_text())
+    for key, neutral in _UNSUPPORTED.items():
+        if config.get(key, neutral) not in (neutral, None):
+            raise CheckpointError(f"{path}: {key} = {config[key]} is not supported")
+    initial = config.get("init_lora_weights")
+    if str(initial).lower() not in _INITS_BESIDE_THE_BASE:
+        raise CheckpointError(
+            f"{path}: init_lora_weights = {initial} is not supported: such an adapter belongs to a base with other "
+            "weights than it names (PEFT can save it as plain LoRA: path_initial_model_for_weight_conversion)"
+        )
+    return config
 
 
 def _backbone_name(module: str) -> str:

@@ -16,7 +16,13 @@ from lenvm_runtime import compat, response_hooks  # noqa: E402
 from lenvm_runtime.length_control import LengthControl, LengthControlError, build_custom_params  # noqa: E402
 from lenvm_runtime.response import CANDIDATES_KEY, VALUE_KEY, ResponseBuilder  # noqa: E402
 
-MANAGER = SimpleNamespace(model_config=SimpleNamespace(vocab_size=96))
+
+def manager(preferred: dict[str, Any] | None = None) -> SimpleNamespace:
+    server_args = SimpleNamespace(preferred_sampling_params=preferred)
+    return SimpleNamespace(model_config=SimpleNamespace(vocab_size=96), server_args=server_args)
+
+
+MANAGER = manager()
 Generate = Callable[..., AsyncIterator[Any]]
 
 
@@ -76,6 +82,19 @@ async def test_the_top_k_of_a_request_under_control_outlives_sglangs_greedy_deco
             expected = {} if kept is None else {"lenvm_top_k": kept}
             assert asked.sampling_params["custom_params"] == {"lenvm": lenvm, "other": 1, **expected}
         assert given == {"lenvm": lenvm, "lenvm_top_k": 99, "other": 1}, "the request's own"
+
+
+async def test_what_the_engine_prefers_counts_where_a_request_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    observe = hooked(monkeypatch, lambda: response_hooks.register(0.997, 2048, False))
+    lenvm = {"mode": "tilt", "beta": 1.0}
+    for own, kept in (({}, 5), ({"top_k": 7}, 7)):
+        asked = request()
+        asked.sampling_params = {"temperature": 0.0, "custom_params": {"lenvm": lenvm}, **own}
+        assert [event async for event in observe(generate, manager({"top_k": 5}), asked)]
+        assert asked.sampling_params["custom_params"] == {"lenvm": lenvm, "lenvm_top_k": kept}
+    asked.sampling_params = {"custom_params": {"lenvm": lenvm}}
+    with pytest.raises(ValueError, match="top_k"):
+        observe(generate, manager({"top_k": 10_000}), asked)
 
 
 APART = "|lenvm:without-values"

@@ -12,14 +12,14 @@ import torch
 from transformers import AutoConfig
 
 from lenvm_kernels import torchvision_schema
-from lenvm_kernels.checkpoint_files import CheckpointError
+from lenvm_kernels.checkpoint_files import ADAPTER_CONFIG_FILE, CheckpointError
 
 torchvision_schema.declare_if_missing()
 
 from lenvm_runtime import compat  # noqa: E402
 from lenvm_runtime.value_model.hooks import ValueModelHooks, check_fits  # noqa: E402
 from lenvm_runtime.value_model.source import read_source  # noqa: E402
-from tiny_lenvm import SHAPE, save_lenvm, save_model, word_tokenizer  # noqa: E402
+from tiny_lenvm import SHAPE, save_adapter, save_lenvm, save_model, word_tokenizer  # noqa: E402
 
 
 def server_args(model: Path, *arguments: str) -> Any:
@@ -74,6 +74,23 @@ def test_a_backbone_of_another_family_is_refused(folders: SimpleNamespace) -> No
     save_model(folders.lenvm, "mistral")
     with pytest.raises(CheckpointError, match="a LenVM on a mistral backbone is not supported"):
         check_fits(read_source(folders.lenvm), server_args(folders.served, "--context-length", "128"))
+
+
+def test_an_adapter_of_another_form_is_refused_before_anything_is_loaded(folders: SimpleNamespace) -> None:
+    adapter = folders.lenvm.parent / "adapter"
+    save_adapter(adapter, folders.served)
+    check_fits(read_source(adapter), server_args(folders.served))
+    path = adapter / ADAPTER_CONFIG_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_dora": True}))
+    with pytest.raises(CheckpointError, match="use_dora = True is not supported"):
+        check_fits(read_source(adapter), server_args(folders.served))
+
+
+def test_an_adapter_on_the_served_model_takes_over_how_its_tokenizer_is_loaded(folders: SimpleNamespace) -> None:
+    save_tokenizer_code(folders.served)
+    adapter = folders.lenvm.parent / "adapter"
+    save_adapter(adapter, folders.served)
+    check_fits(read_source(adapter), server_args(folders.served, "--trust-remote-code"))
 
 
 def test_the_launching_process_ends_with_one_line(folders: SimpleNamespace) -> None:

@@ -267,9 +267,16 @@ def test_a_reference_without_some_keys_means_the_references_defaults() -> None:
 
 @pytest.mark.parametrize(
     ("tower", "projector", "frozen", "named"),
-    [(True, True, True, False), (False, False, False, False), (True, False, True, True), (None, False, True, True)],
+    [
+        (True, True, True, False),
+        (False, False, False, False),
+        (True, False, True, True),
+        (None, False, True, True),
+        (False, None, False, True),
+        (True, None, True, False),
+    ],
 )
-def test_a_reference_that_freezes_the_vision_tower(tower: Any, projector: bool, frozen: bool, named: bool) -> None:
+def test_a_reference_that_freezes_the_vision_tower(tower: Any, projector: Any, frozen: bool, named: bool) -> None:
     given = {"freeze_vision_tower": tower, "freeze_multi_modal_projector": projector}
     content, problems = convert_reference(REFERENCE | given, "r.yaml")
     assert build_experiment(content, "r.yaml").model.freeze_vision == frozen
@@ -366,6 +373,12 @@ def test_a_sweep_runs_what_is_missing_and_makes_its_table(tmp_path: Path) -> Non
     assert len(ran) == 4, "complete runs are not run again"
     assert "| small | 0.5 |" in (tmp_path / "out" / "sweep.md").read_text()
     assert (tmp_path / "out" / "sweep.png").exists()
+    record = tmp_path / "out" / "small" / "evaluation" / "experiment.json"
+    newer = ',\n    "freeze_vision": true'
+    assert record.read_text().count(newer) == 1
+    record.write_text(record.read_text().replace(newer, ""))
+    assert run_sweep(sweep, experiments, run, ran.append) == first, "a run from before a setting had its default"
+    assert len(ran) == 4
     others = variant_experiments(sweep, tmp_path / "sweep.yaml", ["data.max_prompts=6"])
     refusal = r"evaluation.json: is of other settings or rollouts than the sweep's now"
     with pytest.raises(ConfigError, match=refusal):

@@ -367,6 +367,17 @@ def test_an_output_folder_belongs_to_one_run_on_the_same_rollouts(tmp_path: Path
     figures = train_lenvm(run)
     with pytest.raises(ValueError, match=r"holds a run of other settings or rollouts .* set another"):
         train_lenvm(make_run(tmp_path, "head", max_steps=2))
+    record = tmp_path / "run" / "run_config.json"
+    settings = json.loads(record.read_text())
+    del settings["model"]["freeze_vision"]
+    record.write_text(json.dumps(settings))
+    assert train_lenvm(run) == figures, "a run from before a setting had its default"
+    settings["model"]["freeze_vision"] = False
+    record.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="holds a run of other settings or rollouts"):
+        train_lenvm(run)
+    del settings["model"]["freeze_vision"]
+    record.write_text(json.dumps(settings))
     for name, rows in (("train.jsonl", make_rows(13, 0)), ("eval.jsonl", make_rows(9, 1))):
         before = (tmp_path / name).read_text()
         write_rows(tmp_path / name, rows)

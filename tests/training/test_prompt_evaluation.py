@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from lenvm_kernels.heads import CandidateHead, HeadConfig, ValueHead, join_featu
 from lenvm_kernels.length_value import length_from_value, value_from_length
 from lenvm_runtime.head_runner import HeadRunner
 from lenvm_runtime.value_model.step import ValueGuide
+from lenvm_training import plots
 from lenvm_training.comparison_rows import PromptSample, comparison_predictions, group_samples, ridge_predict
 from lenvm_training.features import capture_layers
 from lenvm_training.model import LenVM, ModelSettings, build_lenvm
@@ -171,6 +173,15 @@ def test_figures_that_cannot_be_written_are_not_there(tmp_path: Path, monkeypatc
     with pytest.raises(OSError, match="No space left"):
         evaluate_prompts(model, model.language_model, *arguments)
     assert not (tmp_path / "out" / "evaluation.json").exists(), "a sweep would take it for a complete run"
+    monkeypatch.undo()
+    monkeypatch.setattr(plots, "plot_calibration", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        evaluate_prompts(model, model.language_model, *arguments)
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+
+
+def refuse(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def refuse_json(path: Path, target: Path) -> None:

@@ -459,6 +459,19 @@ def test_a_refusal_is_not_tried_again(tmp_path: Path, status: int, error: type[E
         sample(tmp_path / "r.jsonl", flaky(1, lambda: httpx.Response(status, text="too long")))
 
 
+def test_a_prompt_that_the_server_will_not_answer_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if json.loads(request.content)["input_ids"][0] == 0:
+            return httpx.Response(451, text="unavailable for legal reasons")
+        return httpx.Response(200, json={"output_ids": [1], "meta_info": STOPPED})
+
+    with pytest.raises(MissingCompletionsError, match="prompt p0: 451 unavailable"):
+        sample(path, httpx.MockTransport(answer), retry=Retry(attempts=1))
+    assert {row["prompt_id"] for row in read_rollouts(path)} == {prompt.id for prompt in PROMPTS} - {"p0"}
+
+
 @pytest.mark.parametrize("concurrency", [1, 10])
 def test_what_is_under_way_is_finished_when_a_prompt_is_refused(tmp_path: Path, concurrency: int) -> None:
     path, seen = tmp_path / "r.jsonl", []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,28 @@ def test_public_rows_with_pictures_are_encoded_with_the_pictures(backbone: Path,
     (row,) = load_rollouts([tmp_path / "rollouts.jsonl"])
     assert IMAGE in expected
     assert (list(row["prompt_token_ids"]), row["images"]) == (expected, [path])
+
+
+@pytest.mark.parametrize("text", ["w4 w5", "<image>w4 <image> w5"])
+def test_public_rows_with_other_markers_than_pictures_are_named(backbone: Path, tmp_path: Path, text: str) -> None:
+    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "w9"}]
+    public = {"conversations": turns, "meta_info": {"lenvm_idx": 0, "finish_reason": "stop"}}
+    write_rows(tmp_path / "p.jsonl", [public | {"images": [make_image(tmp_path, True, (56, 56))]}])
+    message = rf"p\.jsonl:1: field 'images': 1 for {text.count('<image>')} <image> markers"
+    with pytest.raises(RolloutFileError, match=message):
+        ungroup(tmp_path / "p.jsonl", tmp_path / "r.jsonl", str(backbone), assume_finished=False)
+
+
+def test_public_rows_without_pictures_need_no_processor(backbone: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(backbone, folder)
+    for path in folder.glob("*processor*"):
+        path.write_text("damaged")
+    turns = [{"from": "human", "value": "w4"}, {"from": "gpt", "value": "w9"}]
+    public = {"conversations": turns, "meta_info": {"lenvm_idx": 0, "finish_reason": "stop"}}
+    write_rows(tmp_path / "p.jsonl", [public])
+    ungroup(tmp_path / "p.jsonl", tmp_path / "r.jsonl", str(folder), assume_finished=False)
+    assert len(load_rollouts([tmp_path / "r.jsonl"])) == 1
 
 
 def test_a_prompt_with_an_image_is_encoded_as_training_reads_it(backbone: Path, tmp_path: Path) -> None:

@@ -18,9 +18,11 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import httpx
 from tqdm import tqdm
 
-RETRIED_STATUS = frozenset({408, 425, 429, *range(500, 600)})
+RETRIED_STATUS = frozenset({408, 409, 425, 429, *range(500, 600)})
 REFUSED_STATUS = frozenset({400, 413, 422})
 """Of what is asked, not of who asks or where: another try would end the same."""
+ELSEWHERE_STATUS = frozenset({*range(300, 400), 401, 402, 403, 404, 405, 407, 410})
+"""Of who asks, or where: every other request would end the same."""
 ABORTED = "abort"
 WHOLE = ("stop", "length")
 """Finish reasons of completions that are what the model wrote: it ended, or the token limit was reached."""
@@ -263,8 +265,12 @@ async def _request(
             problem = f"the engine refused {name}: {response.status_code} {response.text[:200]}"
             if method == "POST" and response.status_code in REFUSED_STATUS:
                 raise PromptRefusedError(f"{problem} (too long? rollouts.max_prompt_tokens leaves such prompts out)")
-            if response.status_code not in RETRIED_STATUS:
+            if response.status_code in ELSEWHERE_STATUS or (
+                method == "GET" and response.status_code not in RETRIED_STATUS
+            ):
                 raise EndpointError(f"{problem} ({HOW_TO_REACH})")
+            if response.status_code not in RETRIED_STATUS:
+                raise EngineError(problem)
         if failures < retry.attempts:
             await asyncio.sleep(retry.delay_s(failures))
     raise EngineError(problem)

@@ -9,7 +9,9 @@ ids are tokenised anew, which is the best that can be had from text and is count
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from lenvm_training.prompt_sources import IMAGE_MARKER
@@ -65,14 +67,18 @@ class GroupedReader:
     """Rollout rows of public rows. ``num_retokenised`` counts those whose token ids had to be made from text.
 
     A row that does not say how it ended may have been cut off: it is refused, unless ``assume_finished``.
-    ``image_encoder`` is for prompts with images, by the processor of a model that takes some.
+    ``image_encoder`` makes the encoder of prompts with images, by the processor of a model that takes some, or None.
     """
 
     def __init__(
-        self, tokenizer: Any, assume_finished: bool = False, image_encoder: PromptEncoder | None = None
+        self,
+        tokenizer: Any,
+        assume_finished: bool = False,
+        image_encoder: Callable[[], PromptEncoder | None] = lambda: None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._text_encoder, self._image_encoder = ChatEncoder(tokenizer), image_encoder
+        self._text_encoder, self._image_encoder = ChatEncoder(tokenizer), functools.cache(image_encoder)
+        self._prompts: dict[str, list[int]] = {}
         self._fingerprint = tokenizer_fingerprint(tokenizer)
         self._assume_finished = assume_finished
         self._samples: dict[str, int] = {}
@@ -117,11 +123,14 @@ class GroupedReader:
             ]
         except KeyError as error:
             raise RolloutFileError(f"{where}: a turn from {error}, expected 'system' or 'human'") from None
-        encoder = self._image_encoder if images else self._text_encoder
+        num_markers = sum(turn["value"].count(IMAGE_MARKER) for turn in turns[:-1])
+        if images and num_markers != len(images):
+            raise RolloutFileError(f"{where}: field 'images': {len(images)} for {num_markers} {IMAGE_MARKER} markers")
+        encoder = self._image_encoder() if images else self._text_encoder
         if encoder is None:
             raise RolloutFileError(f"{where}: field 'images': the model does not take any")
         try:
-            prompt = encoder.encode(Prompt(str(info["lenvm_idx"]), "", messages, images))
+            prompt = self._encode(encoder, Prompt(str(info["lenvm_idx"]), "", messages, images))
         except (ValueError, OSError) as error:
             raise RolloutFileError(f"{where}: {error}") from None
         output = list(self._tokenizer(turns[-1]["value"], add_special_tokens=False)["input_ids"])
@@ -131,6 +140,13 @@ class GroupedReader:
             "output_token_ids": output + end,
             "tokenizer": self._fingerprint,
         }
+
+    def _encode(self, encoder: PromptEncoder, prompt: Prompt) -> list[int]:
+        """Each prompt's token ids, once: pictures above all are slow."""
+        key = json.dumps([prompt.messages, prompt.images])
+        if key not in self._prompts:
+            self._prompts[key] = encoder.encode(prompt)
+        return self._prompts[key]
 
 
 def _parts(text: str) -> list[dict[str, str]]:

@@ -55,6 +55,7 @@ from lenvm_training.rollout_data import (
 )
 from lenvm_training.rollout_files import choose_rollouts, say
 from lenvm_training.rollouts import FINISHED
+from lenvm_training.run_record import fill_defaults
 from lenvm_training.targets import TargetConfig, mean_target
 
 RESULT_FOLDER = "lenvm"
@@ -146,7 +147,9 @@ def train_lenvm(run: LenVMRun) -> dict[str, float]:
     check_disjoint(train.rows, held_out_rows)
     output = Path(arguments.output_dir)
     with arguments.main_process_first():
-        claim_output(output, _record(run, {"train": rows_digest(train.rows), "eval": rows_digest(held_out_rows)}))
+        claim_output(
+            output, _record(run, {"train": rows_digest(train.rows), "eval": rows_digest(held_out_rows)}), LenVMRun
+        )
         checkpoint = last_checkpoint(output)
     torch.manual_seed(arguments.seed)
     lengths = [len(row["output_token_ids"]) for row in train.rows]
@@ -350,14 +353,17 @@ def _record(run: LenVMRun, rollouts: dict[str, str]) -> str:
     return json.dumps({**settings, "rollouts": rollouts}, indent=2) + "\n"
 
 
-def claim_output(output: Path, settings: str) -> None:
+def claim_output(output: Path, settings: str, kind: type | None = None) -> None:
     """Keep the settings (JSON) beside the checkpoints. Raises ValueError when they are those of another run.
 
     A run that left no checkpoint and no result (its data could not be used, say) claims nothing.
+    ``kind``: the dataclass that they are of; what theirs are too old to have counts as its default.
     """
     path = output / SETTINGS_FILE
-    if path.exists() and path.read_text() == settings:
-        return
+    if path.exists():
+        record = path.read_text()
+        if settings == (fill_defaults(kind, record) if kind else record):
+            return
     if path.exists() and (_checkpoints(output) or (output / RESULT_FOLDER).exists()):
         raise ValueError(
             f"training.output_dir: {output} holds a run of other settings or rollouts (see {SETTINGS_FILE} there); "

@@ -315,9 +315,9 @@ def evaluate_prompts(
         coverage=interval_coverage(predicted, prompts),
         states=evaluate_states(model, rows, fit_rows, collator, space),
     )
-    _write(evaluation, folder)
     tokens = np.array([prompt.lengths.mean() for prompt in prompts])
     plots.plot_calibration(folder / "calibration.png", *calibration_curve(predicted, tokens))
+    _write(evaluation, folder)
     return evaluation
 
 

@@ -145,6 +145,8 @@ def _with_defaults(content: dict[str, Any]) -> dict[str, Any]:
         rank = content.get("lora_rank") or 8
         whole |= {"lora_rank": rank, "lora_target": content.get("lora_target") or "all"}
         whole["lora_alpha"] = content.get("lora_alpha") or 2 * rank
+    if "freeze_vision_tower" in whole:
+        whole = {"freeze_multi_modal_projector": True, **whole}
     return {key: value for key, value in whole.items() if value or key != "warmup_steps"}
 
 

@@ -51,7 +51,7 @@ def ungroup(grouped: Path, out: Path, model: str, assume_finished: bool) -> None
     """Read the public grouped format; says how many rows had to be tokenised anew."""
     _check_kept(out, grouped)
     folder = resolve_folder(model, TOKENIZER_FILES)
-    reader = GroupedReader(load_tokenizer(folder), assume_finished, _image_encoder(folder))
+    reader = GroupedReader(load_tokenizer(folder), assume_finished, lambda: _image_encoder(folder))
     rows = []
     with grouped.open("rb") as stream:
         for number, line in enumerate(stream, 1):

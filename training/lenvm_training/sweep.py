@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from lenvm_training import plots
 from lenvm_training.config import ConfigError, Experiment, apply_overrides, build_experiment, expand_home, load_yaml
 from lenvm_training.model_card import FIGURES_FILE
+from lenvm_training.run_record import fill_defaults
 
 SHOWN = ("tau", "mre", "mse")
 STATE_FIGURES = ("mse", "mre_50", "tau_50")
@@ -124,7 +125,7 @@ def _claim(evaluation: Path, experiment: Experiment, digest: Callable[[str], str
     settings = TypeAdapter(Experiment).dump_python(experiment, mode="json", include=DECISIVE)
     files = {name: digest(name) for name in (*data.rollouts, *data.eval_rollouts)}
     record = json.dumps({**settings, "files": files}, indent=2) + "\n"
-    if evaluation.exists() and not (path.exists() and path.read_text() == record):
+    if evaluation.exists() and not (path.exists() and fill_defaults(Experiment, path.read_text()) == record):
         raise ConfigError(
             f"{evaluation}: is of other settings or rollouts than the sweep's now ({path.name}); set another 'out'"
         )
