@@ -68,7 +68,7 @@ class ModelSettings:
     ``backbone`` is a folder or hub name; one that holds a value head already is trained further. The result
     records ``base_name`` and ``served_name`` where they are given (for folders that others do not have).
     ``dtype`` is that of the weights during training, ``save_dtype`` that of the resulting backbone
-    or adapter. ``freeze_vision``: leave the vision tower and projector of a vision-language backbone as they are.
+    or adapter. ``freeze_vision``: leave all but the text decoder of a vision-language backbone as it is.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
